@@ -1,0 +1,88 @@
+"""Names, defaults and limits of every option: what an adapter says of itself, and what an operator may ask for.
+
+Imports neither torch nor vLLM, so that an error in a configuration is found before anything heavy is loaded.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_MASK_TOKENS = 32
+
+
+class StrictModel(BaseModel):
+    """A frozen model in which a misspelt key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseFacts(StrictModel):
+    """What an adapter must find in the base model that it is loaded beside."""
+
+    name_or_path: str
+    model_type: str
+    hidden_size: Annotated[int, Field(gt=0)]
+    num_hidden_layers: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0)]
+    fingerprint: str | None = None
+    """SHA-256 of the base's norm weights rounded to bfloat16 (`adapter.fingerprint`); tells two bases of one shape apart."""
+
+
+class SamplerConfig(StrictModel):
+    """The sampler head (Your LLM Knows the Future, section 3.2): two blocks Linear -> SiLU -> LayerNorm over [E(y_prev); z]."""
+
+    residual: bool = True
+    """Add the mask state z to the head's output before the unembedding. The paper's head has no residual."""
+
+
+class AdapterConfig(StrictModel):
+    """`config.json` of an adapter folder."""
+
+    model_type: Literal["vllm_mtp"] = "vllm_mtp"
+    format_version: Literal[1] = 1
+    kind: Literal["gated-lora"] = "gated-lora"
+    num_mask_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)]
+    """k: the number of mask tokens trained, and so the largest number of drafts."""
+    base: BaseFacts
+    sampler: SamplerConfig | None = SamplerConfig()
+    """None: no sampler head; drafts are the plain head's argmax."""
+    serving: "ServingDefaults | None" = None
+    training: dict[str, object] = Field(default_factory=dict)
+    """Provenance: the command, its options, versions, steps, final losses and held-out figures. Not read by the server."""
+
+
+Layout = Literal["quadratic", "linear", "auto"] | Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_MASK_TOKENS)], ...], Field(min_length=1)]
+"""A list gives the length of the group behind row 0, 1, .. of a request; entry j is used when exactly j drafts were accepted."""
+
+
+class ServingDefaults(StrictModel):
+    """Serving options that an adapter may set for its users; an operator's own options win."""
+
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)] | None = None
+    layout: Layout | None = None
+    candidates: Annotated[int, Field(ge=1)] | None = None
+
+
+class ServingOptions(StrictModel):
+    """What `--speculative-config` (and `--additional-config '{"mtp": {..}}'`) may say beside vLLM's own keys."""
+
+    adapter: str
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)]
+    layout: Layout = "quadratic"
+    candidates: Annotated[int, Field(ge=1)] = 32
+    """C: how many of the plain head's best tokens the sampler head scores for each mask state. At least the vocabulary: all."""
+
+    @field_validator("layout", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _layout_fits(self) -> "ServingOptions":
+        k = self.num_speculative_tokens
+        if isinstance(self.layout, tuple):
+            if len(self.layout) != k + 1:
+                raise ValueError(f"layout has {len(self.layout)} group lengths; num_speculative_tokens={k} needs {k + 1}, one behind every row")
+            if max(self.layout) > k:
+                raise ValueError(f"layout asks for a group of {max(self.layout)} mask tokens; num_speculative_tokens is {k}")
+        return self
