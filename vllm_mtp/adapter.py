@@ -1,0 +1,244 @@
+"""Read, check and write an adapter folder.
+
+    config.json                 AdapterConfig: base model, k, sampler, provenance
+    adapter_config.json         as PEFT writes them
+    adapter_model.safetensors
+    mtp.safetensors             mask_embeddings [k, d]; the sampler head's parameters under `sampler.`
+
+Names, shapes, dtypes and file sizes are checked on headers; tensors are loaded after that, and nothing is ever unpickled.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from vllm_mtp.base_model import base_facts, check_facts, fingerprint_folder, fingerprint_tensors, linear_shapes
+from vllm_mtp.config import AdapterConfig
+from vllm_mtp.peft_format import CONFIG_FILE as PEFT_CONFIG_FILE
+from vllm_mtp.peft_format import WEIGHTS_FILE as PEFT_WEIGHTS_FILE
+from vllm_mtp.peft_format import LoRASpec, lora_names, lora_tensor_shapes, peft_config, read_lora_specs
+from vllm_mtp.safe_files import AdapterError, Shape, check_folder, check_tensors, load_tensors, read_header, read_json_object
+from vllm_mtp.sampler_head import SamplerHead
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "LoRAWeights",
+    "base_facts",
+    "check_base",
+    "fingerprint_folder",
+    "fingerprint_tensors",
+    "is_adapter",
+    "linear_shapes",
+    "read_adapter",
+    "read_config",
+    "validate_folder",
+    "write_adapter",
+]
+
+CONFIG_FILE, MTP_FILE = "config.json", "mtp.safetensors"
+SAMPLER_PREFIX = "sampler."
+
+
+@dataclass(frozen=True)
+class LoRAWeights:
+    """One module's LoRA: y += scale * (x @ a.T) @ b.T, with a [r, in] and b [out, r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A loaded adapter; tensors are on the CPU, in the dtypes of their files.
+
+    `lora` is keyed by module path, for example `model.layers.0.self_attn.q_proj`; `mask_embeddings` has shape [k, d].
+    """
+
+    config: AdapterConfig
+    lora: dict[str, LoRAWeights]
+    mask_embeddings: torch.Tensor
+    sampler: SamplerHead | None
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether `path` is a folder whose config.json has our model type. Never raises."""
+    try:
+        return read_json_object(Path(path) / CONFIG_FILE).get("model_type") == "vllm_mtp"
+    except (AdapterError, ValueError):  # a name with a null byte is a ValueError
+        return False
+
+
+def read_config(path: str | Path) -> AdapterConfig:
+    """The folder's config.json; AdapterError names the first key that is unknown or wrong."""
+    file = Path(path) / CONFIG_FILE
+    try:
+        return AdapterConfig.model_validate_json(json.dumps(read_json_object(file)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the object"
+        found = "" if first["type"] in ("missing", "extra_forbidden") else f", found {first['input']!r}"
+        remedy = "update vllm-mtp if the adapter is newer, or write the adapter again"
+        raise AdapterError(f"{file}: {key}: {first['msg']}{found}; {remedy}.") from None
+
+
+def check_base(config: AdapterConfig, base: Any, fingerprint: str | None = None) -> None:
+    """Raise AdapterError, naming both values, when `base` is not the base model that the adapter was trained on.
+
+    Args:
+        config: the adapter's configuration.
+        base: a model folder, a transformers configuration, or its dictionary.
+        fingerprint: `fingerprint_tensors` of the loaded base, where `base` is not a folder; None leaves that check out.
+    """
+    found = base_facts(base)
+    if found.fingerprint is None and fingerprint is not None:
+        found = found.model_copy(update={"fingerprint": fingerprint})
+    check_facts(config.base, found)
+
+
+def _mtp_shapes(config: AdapterConfig) -> dict[str, Shape]:
+    """The tensors that mtp.safetensors must have."""
+    shapes: dict[str, Shape] = {"mask_embeddings": (config.num_mask_tokens, config.base.hidden_size)}
+    if config.sampler is not None:
+        with torch.device("meta"):
+            head = SamplerHead(config.base.hidden_size, config.sampler.residual)
+        shapes |= {SAMPLER_PREFIX + name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    return shapes
+
+
+def _check_files(folder: Path, expected_shapes: dict[str, tuple[int, int]] | None) -> tuple[AdapterConfig, dict[str, LoRASpec]]:
+    """Everything that can be checked without loading a tensor."""
+    config = read_config(folder)
+    check_folder(folder)
+    specs = read_lora_specs(folder, config.base.num_hidden_layers)
+    path = folder / PEFT_WEIGHTS_FILE
+    remedy = f"{PEFT_CONFIG_FILE} and the base model decide what must be there; write the adapter again"
+    check_tensors(path, read_header(path), lora_tensor_shapes(specs, expected_shapes), remedy)
+    path = folder / MTP_FILE
+    remedy = f"{CONFIG_FILE} decides what must be there; write the adapter again"
+    check_tensors(path, read_header(path), _mtp_shapes(config), remedy)
+    return config, specs
+
+
+def validate_folder(path: str | Path, base_dir: str | Path | None = None) -> AdapterConfig:
+    """Every check but the one for NaN, without loading an adapter tensor: quick enough for configuration time.
+
+    Args:
+        path: the adapter's folder.
+        base_dir: the base model's folder; checked against the adapter where it is a local one.
+    """
+    base = Path(base_dir) if base_dir is not None and (Path(base_dir) / "config.json").is_file() else None
+    if base is not None:
+        check_base(read_config(path), base)
+    return _check_files(Path(path), linear_shapes(base) if base is not None else None)[0]
+
+
+def read_adapter(path: str | Path, expected_shapes: dict[str, tuple[int, int]] | None = None) -> Adapter:
+    """Check and load an adapter folder.
+
+    Args:
+        path: the folder.
+        expected_shapes: module path -> weight shape (out, in) of the base's linear layers, as `linear_shapes` gives them.
+            None: only the ranks are checked.
+
+    Raises:
+        AdapterError: the folder cannot be used; the message says why and what to do.
+    """
+    folder = Path(path)
+    config, specs = _check_files(folder, expected_shapes)
+    weights = load_tensors(folder / PEFT_WEIGHTS_FILE, [name for module in specs for name in lora_names(module)])
+    lora = {}
+    for module, spec in specs.items():
+        name_a, name_b = lora_names(module)
+        lora[module] = LoRAWeights(weights[name_a], weights[name_b], spec.scale)
+    mtp = load_tensors(folder / MTP_FILE, _mtp_shapes(config))
+    sampler = None
+    if config.sampler is not None:
+        with torch.device("meta"):
+            sampler = SamplerHead(config.base.hidden_size, config.sampler.residual)
+        state = {name.removeprefix(SAMPLER_PREFIX): tensor for name, tensor in mtp.items() if name.startswith(SAMPLER_PREFIX)}
+        sampler.load_state_dict(state, assign=True)
+        sampler.requires_grad_(False)
+    return Adapter(config, lora, mtp["mask_embeddings"], sampler)
+
+
+def write_adapter(
+    folder: str | Path,
+    config: AdapterConfig,
+    lora: Any,
+    mask_embeddings: torch.Tensor,
+    sampler: SamplerHead | None,
+) -> None:
+    """Write an adapter folder so that a killed writer never leaves half of one: a checked temporary folder is renamed.
+
+    Args:
+        folder: where to; an adapter that is there is replaced, any other non-empty folder is an error.
+        config: its configuration.
+        lora: a PEFT model with one LoRA adapter named `default`, or module path -> LoRAWeights.
+        mask_embeddings: [k, d].
+        sampler: the sampler head, where `config.sampler` says that there is one.
+
+    Raises:
+        AdapterError: what was to be written could not be read again; nothing is left behind.
+        FileExistsError: the folder holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and not is_adapter(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an adapter: choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write_lora(temporary, lora, config.base.name_or_path)
+        tensors = {"mask_embeddings": mask_embeddings}
+        if sampler is not None:
+            tensors |= {SAMPLER_PREFIX + name: tensor for name, tensor in sampler.state_dict().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary / MTP_FILE, {"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+        read_adapter(temporary)
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.chmod(0o755)  # mkdtemp's is private to the user
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            folder.rename(old / folder.name)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_lora(folder: Path, lora: Any, base_name: str) -> None:
+    """PEFT's two files; the base is named as users find it, not by the path it was trained from."""
+    if isinstance(lora, Mapping):
+        tensors, specs = {}, {}
+        for module, weights in lora.items():
+            name_a, name_b = lora_names(module)
+            tensors[name_a], tensors[name_b] = weights.a.detach().cpu().contiguous(), weights.b.detach().cpu().contiguous()
+            specs[module] = LoRASpec(weights.a.shape[0], weights.scale)
+        if not specs:
+            raise AdapterError("An adapter without a LoRA module cannot be written: give at least one.")
+        save_file(tensors, folder / PEFT_WEIGHTS_FILE, {"format": "pt"})
+        settings = peft_config(specs, base_name)
+    else:
+        lora.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        settings = {**read_json_object(folder / PEFT_CONFIG_FILE), "base_model_name_or_path": base_name}
+        targets = settings["target_modules"]
+        if isinstance(targets, list):
+            settings["target_modules"] = sorted(targets)  # PEFT's set has another order in every run
+    (folder / PEFT_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
