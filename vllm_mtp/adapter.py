@@ -82,8 +82,12 @@ def is_adapter(path: str | Path) -> bool:
 def read_config(path: str | Path) -> AdapterConfig:
     """The folder's config.json; AdapterError names the first key that is unknown or wrong."""
     file = Path(path) / CONFIG_FILE
+    values = read_json_object(file)
+    if values.get("model_type") != "vllm_mtp":
+        found = values.get("model_type")
+        raise AdapterError(f"{file}: model_type is {found!r}, expected 'vllm_mtp': it is no adapter; name an adapter's folder.")
     try:
-        return AdapterConfig.model_validate_json(json.dumps(read_json_object(file)))
+        return AdapterConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the object"

