@@ -1,0 +1,53 @@
+"""The loss of mask rows: plain head and sampler head against the base's own prediction (or the text), and consistency of states."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from vllm_mtp.train.config import TrainConfig
+
+
+def masked_losses(
+    unembed: Callable[[torch.Tensor], torch.Tensor],
+    teacher: torch.Tensor,
+    z: torch.Tensor,
+    sampled: torch.Tensor | None,
+    labels: torch.Tensor,
+    counts: torch.Tensor,
+    config: TrainConfig,
+) -> dict[str, torch.Tensor]:
+    """`loss` and its terms `plain`, `sampler`, `consistency`, each a mean over the mask rows that count.
+
+    Args:
+        unembed: states to logits.
+        teacher: states of the real rows that predict the same labels, shape [B, G, K, d].
+        z: states of the mask rows, shape [B, G, K, d].
+        sampled: output states of the sampler head, shape [B, G, K, d]; None without one.
+        labels: the text's tokens, shape [B, G, K].
+        counts: which mask rows have a label, shape [B, G, K].
+        config: weights and kind of targets.
+    """
+    K = z.shape[2]
+    weight = config.loss.position_decay ** torch.arange(K, device=z.device) * counts
+    weight = weight / weight.sum()
+
+    if config.targets == "distribution":
+        target = unembed(teacher).float().softmax(-1)
+    elif config.targets == "argmax":
+        labels = unembed(teacher).argmax(-1)
+
+    def cross_entropy(states: torch.Tensor) -> torch.Tensor:
+        logits = unembed(states).float()
+        if config.targets == "distribution":
+            rows = logits.logsumexp(-1) - (target * logits).sum(-1)
+        else:
+            rows = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+        return (weight * rows).sum()
+
+    terms = {"plain": cross_entropy(z), "consistency": (weight * (teacher.float() - z.float()).pow(2).mean(-1)).sum()}
+    loss = config.loss.plain_head * terms["plain"] + config.loss.consistency * terms["consistency"]
+    if sampled is not None:
+        terms["sampler"] = cross_entropy(sampled)
+        loss = loss + config.loss.sampler_head * terms["sampler"]
+    return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}

@@ -1,0 +1,79 @@
+"""Sequences that the base itself continued: what it will be served on, and so what drafts are checked against."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from vllm_mtp.train.config import TrainConfig
+
+BATCH = 64
+
+
+@torch.no_grad()
+def continue_prompts(
+    base: PreTrainedModel, prompts: list[torch.Tensor], num_tokens: int, end: int | None, sample: bool = False
+) -> list[torch.Tensor]:
+    """Prompts with up to `num_tokens` new tokens each, end-of-text included, greedy or sampled at temperature 1.
+
+    Args:
+        base: the causal LM.
+        prompts: token ids, each of shape [tokens].
+        num_tokens: the most new tokens.
+        end: id of the end-of-text token; None: always `num_tokens` new tokens.
+        sample: sample instead of argmax.
+    """
+    sequences = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        width, pad = max(map(len, batch)), end if end is not None else 0
+        ids = torch.stack([torch.cat([p.new_full((width - len(p),), pad), p]) for p in batch]).to(base.device)
+        seen = torch.arange(width) >= width - torch.tensor([len(p) for p in batch])[:, None]
+        sampling = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+        out = base.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=seen.long().to(base.device),
+            max_new_tokens=num_tokens,
+            **sampling,
+            eos_token_id=end,
+            pad_token_id=pad,
+        ).cpu()
+        for prompt, row in zip(batch, out, strict=True):
+            new = row[width:]
+            stops = (new == end).nonzero() if end is not None else new.new_empty(0)
+            sequences.append(torch.cat([prompt, new[: int(stops[0]) + 1] if len(stops) else new]))
+    return sequences
+
+
+def on_policy_sequences(
+    base: PreTrainedModel, stream: torch.Tensor, end: int | None, config: TrainConfig
+) -> Iterator[int | dict[str, torch.Tensor]]:
+    """Yields the number of sequences done so far, and at last the tensors that `Sequences` takes.
+
+    Prompts are random windows of a quarter to a half of `config.length`; continuations fill the length or stop at end of text.
+    """
+    generator, random = torch.Generator().manual_seed(config.seed), torch.random.get_rng_state()
+    torch.manual_seed(config.seed)
+    T = config.length
+    sequences: list[torch.Tensor] = []
+    prompt_lengths: list[int] = []
+    while len(sequences) < config.on_policy_sequences:
+        # One length a batch, so that every continuation can fill its sequence.
+        length = int(torch.randint(T // 4, T // 2 + 1, (1,), generator=generator))
+        starts = torch.randint(len(stream) - length, (BATCH,), generator=generator)
+        prompts = [stream[s : s + length] for s in starts]
+        greedy = round(config.on_policy_greedy * BATCH)
+        parts = [(prompts[:greedy], False), (prompts[greedy:], True)]
+        for sequence in (s for part, sample in parts for s in continue_prompts(base, part, T - length, end, sample)):
+            if len(sequence) >= length + 2:
+                sequences.append(sequence)
+                prompt_lengths.append(length)
+        yield min(len(sequences), config.on_policy_sequences)
+    torch.random.set_rng_state(random)
+    keep = config.on_policy_sequences
+    padded = torch.stack([torch.cat([s, s.new_zeros(T - len(s))]) for s in sequences[:keep]])
+    yield {
+        "input_ids": padded,
+        "lengths": torch.tensor([len(s) for s in sequences[:keep]]),
+        "prompt_lengths": torch.tensor(prompt_lengths[:keep]),
+    }
