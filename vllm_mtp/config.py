@@ -71,6 +71,8 @@ class ServingOptions(StrictModel):
     layout: Layout = "quadratic"
     candidates: Annotated[int, Field(ge=1)] = 32
     """C: how many of the plain head's best tokens the sampler head scores for each mask state. At least the vocabulary: all."""
+    auto_rows: Annotated[int, Field(ge=1)] = 64
+    """Rows a step (real and mask rows) that layout `auto` fills: the batch size chooses the richest comb within it."""
 
     @field_validator("layout", mode="before")
     @classmethod

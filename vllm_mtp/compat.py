@@ -1,0 +1,107 @@
+"""Every name of vLLM that is replaced: what, why, in which versions, and when it can go.
+
+| name | when | why | vLLM | until |
+|---|---|---|---|---|
+| `engine.arg_utils.EngineArgs.create_speculative_config` | at registration | `method` is a closed list and `SpeculativeConfig` refuses unknown keys, so an adapter of ours is turned into `custom_class` before it is built | 0.32 | vLLM offers a registry of speculative methods |
+| `v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache` | selected, in workers | scratch blocks behind the scheduler's, and the runner's batch for the drafter: a custom proposer is given neither | 0.32 | a proposer may reserve blocks and is given its runner |
+| `v1.worker.cpu_worker.CPUWorker.determine_available_memory` | selected, in CPU workers | the memory of the scratch blocks comes off what the scheduler may use | 0.32 | as above |
+
+All wrappers are idempotent and hand through whatever is not ours.
+"""
+
+import functools
+from typing import Any
+
+SUPPORTED_VLLM = ("0.32",)
+
+
+def check_version() -> None:
+    """Raises RuntimeError when the running vLLM is one that the hooks were never tried on."""
+    from vllm_mtp.selection import vllm_version
+
+    version = vllm_version()
+    if not any(version == known or version.startswith(known + ".") for known in SUPPORTED_VLLM):
+        raise RuntimeError(
+            f"vllm-mtp supports vLLM {', '.join(SUPPORTED_VLLM)}; this is {version}. Install a supported vLLM, or serve without "
+            "the adapter by leaving --speculative-config out."
+        )
+
+
+def recognise_adapters() -> None:
+    """Makes `--speculative-config '{"method": "mtp", "model": "<adapter>", ...}'` select us when the model is an adapter of ours."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_speculative_config
+    if hasattr(original, "vllm_mtp_original"):
+        return
+
+    @functools.wraps(original)
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        from vllm_mtp import selection
+
+        asked = selection.asked_for(self)
+        if asked is None:
+            return original(self, target_model_config, target_parallel_config)
+        check_version()
+        options = selection.resolve(asked, self.additional_config or {}, target_model_config, target_parallel_config)
+        self.additional_config = {**(self.additional_config or {}), "mtp": options.model_dump(mode="json")}
+        given = self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens
+        self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = selection.as_custom_class(options), None, None, None
+        try:
+            return original(self, target_model_config, target_parallel_config)
+        finally:
+            self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
+
+    create_speculative_config.vllm_mtp_original = original  # type: ignore[attr-defined]
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def hook_runner() -> None:
+    """Gives our proposer its scratch blocks and its runner; called once the proposer is selected, in the worker."""
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _wrap_initialize_kv_cache(GPUModelRunner)
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        _wrap_determine_available_memory(CPUWorker)
+
+
+def _ours(runner: Any) -> Any:
+    """The runner's drafter if it is ours, else None."""
+    drafter = getattr(runner, "drafter", None)
+    return drafter if getattr(drafter, "is_mask_token_proposer", False) else None
+
+
+def _wrap_initialize_kv_cache(runner_class: Any) -> None:
+    original = runner_class.initialize_kv_cache
+    if hasattr(original, "vllm_mtp_original"):
+        return
+
+    @functools.wraps(original)
+    def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        drafter = _ours(self)
+        if drafter is None:
+            return original(self, kv_cache_config, *args, **kwargs)
+        original(self, drafter.with_scratch_blocks(kv_cache_config), *args, **kwargs)
+        drafter.bind(self)
+        return None
+
+    initialize_kv_cache.vllm_mtp_original = original  # type: ignore[attr-defined]
+    runner_class.initialize_kv_cache = initialize_kv_cache
+
+
+def _wrap_determine_available_memory(worker_class: Any) -> None:
+    original = worker_class.determine_available_memory
+    if hasattr(original, "vllm_mtp_original"):
+        return
+
+    @functools.wraps(original)
+    def determine_available_memory(self: Any) -> int:
+        available = original(self)
+        drafter = _ours(self.model_runner)
+        return available if drafter is None else drafter.without_scratch_memory(available, self.model_runner)
+
+    determine_available_memory.vllm_mtp_original = original  # type: ignore[attr-defined]
+    worker_class.determine_available_memory = determine_available_memory

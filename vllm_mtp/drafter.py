@@ -1,0 +1,64 @@
+"""From mask states to drafts: the plain head proposes candidates for all states at once, the sampler head chooses among them in turn."""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_mtp.sampler_head import SamplerHead
+
+
+class Drafter:
+    """Turns the states of one group a request into drafts.
+
+    y_0 is the token sampled last; for i = 1 .. k: y_i = argmax over the candidates of W MLP([E(y_{i-1}); z_i])
+    (*Your LLM Knows the Future*, section 3.2). The paper scores the whole vocabulary k times, one after the other; here one batched pass
+    of the plain head over all k states gives C candidates a state and the sampler head scores those rows of W only. With C at
+    least the vocabulary the two are the same computation and the plain head is not run at all.
+
+    Args:
+        compute_logits: the target's unembedding, [n, d] -> [n, V].
+        embed: the target's embedding, [n] -> [n, d].
+        unembedding: W [V, d], or None if it cannot be read row by row; then every token is a candidate.
+        sampler: the sampler head, or None: drafts are the plain head's argmax.
+        candidates: C.
+        vocab_size: V.
+    """
+
+    def __init__(
+        self,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor],
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        unembedding: torch.Tensor | None,
+        sampler: SamplerHead | None,
+        candidates: int,
+        vocab_size: int,
+    ) -> None:
+        self.compute_logits, self.embed, self.unembedding, self.sampler = compute_logits, embed, unembedding, sampler
+        self.candidates = candidates if unembedding is not None and candidates < vocab_size else None
+
+    @torch.inference_mode()
+    def __call__(self, states: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """Drafts [R, k].
+
+        Args:
+            states: mask states z_1 .. z_k of the chosen groups, after the final norm, [R, k, d].
+            sampled: y_0, [R].
+        """
+        num_requests, k, _ = states.shape
+        if self.sampler is None:
+            return self.compute_logits(states.flatten(0, 1)).argmax(-1).view(num_requests, k)
+        tokens, rows = None, None
+        if self.candidates is not None:
+            assert self.unembedding is not None
+            tokens = self.compute_logits(states.flatten(0, 1)).topk(self.candidates, sorted=False).indices.view(num_requests, k, -1)
+            rows = self.unembedding[tokens]
+        previous, drafts = sampled, []
+        for i in range(k):
+            state = self.sampler(self.embed(previous), states[:, i])
+            if tokens is None or rows is None:
+                previous = self.compute_logits(state).argmax(-1)
+            else:
+                best = (rows[:, i] @ state[:, :, None]).argmax(1)
+                previous = tokens[:, i].gather(1, best)[:, 0]
+            drafts.append(previous)
+        return torch.stack(drafts, 1)

@@ -1,0 +1,236 @@
+"""vLLM's V1 model runner: the proposer that it loads as `custom_class`, and what it needs of the runner (v1/worker/gpu_model_runner.py)."""
+
+import copy
+import time
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_mtp import compat, gated_lora, load
+from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
+from vllm_mtp.config import ServingOptions
+from vllm_mtp.drafter import Drafter
+from vllm_mtp.expansion import EngineStep, Expansion
+from vllm_mtp.layout import Batch, group_lengths
+from vllm_mtp.mask_attention import Fork, ForkedSequences, blocks_per_fork
+
+logger = init_logger("vllm.mtp")
+
+
+class MaskTokenProposer:
+    """Drafts from the mask rows of the target's own forward.
+
+    vLLM constructs it with its configuration, calls `load_model` with the loaded target and `propose` after every step's sampling.
+
+    Raises:
+        ValueError: the server is set up in a way that mask rows do not support.
+    """
+
+    is_mask_token_proposer = True
+    expansion: Expansion
+    drafter: Drafter
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.config = vllm_config
+        self.options = ServingOptions.model_validate(vllm_config.additional_config["mtp"])
+        self.k = self.options.num_speculative_tokens
+        self.max_model_len = vllm_config.model_config.max_model_len
+        if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
+            raise ValueError("mask-token prediction does not run under CUDA graphs yet: add --enforce-eager")
+        compat.hook_runner()
+
+    # -- start-up ------------------------------------------------------------------------------------------------
+
+    def load_model(self, target: torch.nn.Module) -> None:
+        """Reads the adapter and installs mask rows in `target`; vLLM compiles and profiles it afterwards."""
+        from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        adapter = read_adapter(self.options.adapter)
+        check_base(adapter.config, self.config.model_config.hf_text_config, fingerprint_tensors(target.named_parameters()))
+        rows = gated_lora.RowSplit()
+        merge = current_platform.is_cpu()
+        try:
+            linears = gated_lora.install(
+                target, dict(adapter.lora), rows, lambda layer: merge and isinstance(layer.quant_method, UnquantizedLinearMethod)
+            )
+        except ValueError as error:
+            raise AdapterError(f"{self.options.adapter}: {error}") from None
+        dtype, device = self.config.model_config.dtype, next(target.parameters()).device
+        self.attention = ForkedSequences(self._fork_metadata)
+        for module in target.modules():
+            if isinstance(module, Attention):
+                self.attention.wrap(module.impl)
+        self.expansion = Expansion(
+            target=target,
+            mask_embeddings=adapter.mask_embeddings[: self.k].to(device, dtype),
+            rows=rows,
+            linears=linears,
+            max_rows=self.config.scheduler_config.max_num_batched_tokens,
+            next_step=self._next_step,
+        )
+        self.drafter = self._drafter(target, adapter, dtype, device)
+        self.layouts = {lengths: torch.tensor(lengths, device=device) for lengths in load.layouts_by_richness(self.k)}
+        if self.options.layout != "auto":
+            fixed = group_lengths(self.options.layout, self.k)
+            self.fixed_lengths: torch.Tensor | None = torch.tensor(fixed, device=device)
+        else:
+            self.fixed_lengths = None
+        self.runner: Any = None
+
+    def _drafter(self, target: Any, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Drafter:
+        vocab_size = self.config.model_config.get_vocab_size()
+        head = getattr(target, "lm_head", None)
+        weight = getattr(head, "weight", None)
+        readable = weight is not None and weight.ndim == 2 and weight.shape[0] >= vocab_size and getattr(head, "bias", None) is None
+        sampler = adapter.sampler.to(device, dtype) if adapter.sampler is not None else None
+        return Drafter(target.compute_logits, target.embed_input_ids, weight if readable else None, sampler, self.options.candidates, vocab_size)
+
+    @property
+    def num_scratch_blocks(self) -> int:
+        """Scratch blocks for the forks of the largest step: a group behind every row of every request."""
+        groups = min(self.config.scheduler_config.max_num_seqs * (self.k + 1), self.config.scheduler_config.max_num_batched_tokens)
+        return groups * blocks_per_fork(self.k, self.config.cache_config.block_size)
+
+    def without_scratch_memory(self, available: int, runner: Any) -> int:
+        """What is left of `available` bytes for the scheduler's blocks once the scratch blocks have theirs."""
+        scratch = self.num_scratch_blocks * sum(spec.page_size_bytes for spec in runner.get_kv_cache_spec().values())
+        if scratch >= available:
+            raise ValueError(
+                f"the mask rows of {self.config.scheduler_config.max_num_seqs} requests need {scratch / 2**30:.2f} GiB of scratch KV blocks, but "
+                f"only {available / 2**30:.2f} GiB are there: lower --max-num-seqs or --block-size, or raise the memory for the KV cache"
+            )
+        return available - scratch
+
+    def with_scratch_blocks(self, kv_cache_config: Any) -> Any:
+        """A copy of the worker's cache configuration that has our blocks behind those which the scheduler hands out."""
+        config, num_scratch = copy.deepcopy(kv_cache_config), self.num_scratch_blocks
+        if len(config.kv_cache_groups) != 1:
+            raise ValueError("mask-token prediction does not support models with several KV cache groups (hybrid attention) yet")
+        for tensor in config.kv_cache_tensors:
+            if tensor.offset != 0 or tensor.layer_stride != tensor.block_stride * config.num_blocks:
+                raise ValueError("mask-token prediction needs a KV cache whose layers lie one after the other; this layout is not supported yet")
+            # Both, or layer l's scratch blocks would be the first blocks of layer l + 1.
+            tensor.size += num_scratch * tensor.block_stride * len(tensor.layers)
+            tensor.layer_stride += num_scratch * tensor.block_stride
+        self.first_scratch_block = config.num_blocks
+        config.num_blocks += num_scratch
+        return config
+
+    def bind(self, runner: Any) -> None:
+        """Takes the runner once its KV cache stands."""
+        self.runner = runner
+        group = runner.attn_groups[0][0]
+        if len(runner.attn_groups) != 1 or len(runner.attn_groups[0]) != 1:
+            raise ValueError("mask-token prediction does not support models with several attention backends yet")
+        self.builder = group.get_metadata_builder()
+        self.attention.bind([runner.compilation_config.static_forward_context[name].kv_cache for name in group.layer_names])
+        self.expansion.block_size = runner.cache_config.block_size
+        self.expansion.scratch = self.first_scratch_block
+        self.expansion.attention = self.attention
+        # We cut drafts at the model's end request by request; without this the runner drafts for no one once one request is near it.
+        runner.effective_drafter_max_model_len = self.max_model_len + self.k
+        scratch_bytes = self.num_scratch_blocks * sum(spec.page_size_bytes for spec in runner.get_kv_cache_spec().values())
+        logger.info(
+            "Mask-token prediction is on: adapter %s, k = %d, layout %s, acceptance lossless, up to %d mask rows a decoding request, "
+            "%d scratch blocks (%.0f MiB)",
+            self.options.adapter,
+            self.k,
+            self.options.layout,
+            self.k * (self.k + 1) if self.options.layout in ("quadratic", "auto") else int(self._lengths(1).sum()),
+            self.num_scratch_blocks,
+            scratch_bytes / 2**20,
+        )
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def _lengths(self, num_requests: int) -> torch.Tensor:
+        if self.fixed_lengths is not None:
+            return self.fixed_lengths
+        return self.layouts[load.choose(num_requests, self.k, self.options.auto_rows)]
+
+    def _next_step(self, num_rows: int) -> EngineStep | None:
+        """The step whose forward is about to run, from the runner's batch (v1/worker/gpu_input_batch.py)."""
+        from vllm.forward_context import get_forward_context
+
+        if self.runner is None or not get_forward_context().attn_metadata:
+            return None  # warm-up or profiling
+        batch = self.runner.input_batch
+        num_requests = batch.num_reqs
+        lengths = self._lengths(num_requests)
+        if self.fixed_lengths is None and int(lengths[-1]) == 0:
+            return None
+        query_start = torch.from_numpy(self.runner.query_start_loc.np[: num_requests + 1]).long()
+        computed = torch.from_numpy(batch.num_computed_tokens_cpu[:num_requests])
+        known = torch.from_numpy(batch.num_tokens_no_spec[:num_requests]).long()
+        prefix_len = computed + query_start[1:] - query_start[:-1]
+        limits = [self._max_len(request) for request in batch.req_ids]
+        device = batch.block_table[0].get_device_tensor(num_requests).device
+        # A row past the known tokens is a draft; a chunk that stops short of them ends nothing, however many rows it has.
+        plan = Batch(query_start, prefix_len, (prefix_len - known).clamp(min=-1), torch.tensor(limits))
+        if device.type != "cpu":
+            plan = Batch(*(t.to(device) for t in (plan.query_start, plan.prefix_len, plan.num_drafts, plan.max_len)))
+        return EngineStep(plan, batch.block_table[0].get_device_tensor(num_requests), lengths)
+
+    def _max_len(self, request: str) -> int:
+        """Tokens at which `request` stops at the latest."""
+        state = self.runner.requests[request]
+        limit = state.sampling_params.max_tokens if state.sampling_params is not None else None
+        return self.max_model_len if limit is None else min(self.max_model_len, state.num_prompt_tokens + limit)
+
+    def _fork_metadata(self, fork: Fork) -> Any:
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        groups, rows = fork.seq_lens.shape[0], fork.query_start
+        return self.builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=rows,
+                query_start_loc_cpu=rows.cpu(),
+                seq_lens=fork.seq_lens,
+                num_reqs=groups,
+                num_actual_tokens=int(rows[-1]),
+                max_query_len=self.k,
+                max_seq_len=int(fork.seq_lens.max()),
+                block_table_tensor=fork.block_table,
+                slot_mapping=fork.slots,
+                causal=True,
+            ),
+        )
+
+    def propose(
+        self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None
+    ) -> list[list[int]]:
+        """Drafts of each request for the next step, none where there is no group to draft from.
+
+        Args:
+            sampled_token_ids: what each request's rows gave this step, accepted drafts and one token more; empty for prompt chunks.
+        """
+        begin = time.perf_counter()
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        states = self.expansion.last
+        if states is None:
+            return drafts
+        groups, hidden = states.groups, states.hidden
+        after = groups.after.tolist()
+        chosen = [(i, after[i][len(tokens) - 1], tokens[-1]) for i, tokens in enumerate(sampled_token_ids) if tokens]
+        chosen = [(i, group, token) for i, group, token in chosen if group >= 0]
+        if not chosen:
+            return drafts
+        requests, group_ids, tokens = zip(*chosen, strict=True)
+        picked = torch.tensor(group_ids, device=hidden.device)
+        lengths = groups.length[picked]
+        longest = int(lengths.max())
+        rows = (groups.start[picked][:, None] + torch.arange(longest, device=hidden.device)).clamp(max=groups.num_rows - 1)
+        drafting = time.perf_counter()
+        ids = self.drafter(hidden[rows], torch.tensor(tokens, device=hidden.device)).tolist()
+        drafted = time.perf_counter()
+        for request, row, length in zip(requests, ids, lengths.tolist(), strict=True):
+            drafts[request] = row[:length]
+        counters = self.expansion.counters
+        counters.drafter_time += drafted - drafting
+        counters.draft_time += drafting - begin + time.perf_counter() - drafted
+        return drafts

