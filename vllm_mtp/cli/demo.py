@@ -18,6 +18,7 @@ from vllm_mtp.demo import prompts as held_out_prompts
 
 CONCURRENCIES = (1, 16)
 PROMPTS_BY_CONCURRENCY = {1: 8, 16: 32}
+NUM_FLOAT32_PROMPTS = 16
 DEFAULT_DRAFTS = 4  # what a CPU carries best; a larger comb's rows cost more than their drafts save
 
 
@@ -129,10 +130,11 @@ def _run(options: DemoOptions, folder: Path, out: Console, say: Progress) -> dic
             )
             for concurrency in CONCURRENCIES
         ]
+    checked = prompts[: max(NUM_FLOAT32_PROMPTS, options.num_prompts)]
     with ExitStack() as stack:
         plain, ours = _start(options, stack, folder, "float32", True, say)
-        exact = [engine.generate(shown, max_tokens=options.max_tokens) for engine in (plain, ours)]
-    float32 = {"num_prompts": len(shown), "identical": num_identical(exact[0].outputs, exact[1].outputs)}
+        exact = [engine.generate(checked, max_tokens=options.max_tokens) for engine in (plain, ours)]
+    float32 = {"num_prompts": len(checked), "identical": num_identical(exact[0].outputs, exact[1].outputs)}
     _print_figures(out, comparisons, float32)
     return {
         "command": sys.argv,
@@ -149,22 +151,24 @@ def _print_figures(out: Console, comparisons: list[Comparison], float32: dict[st
     rows = []
     for comparison in comparisons:
         figures = comparison.figures()
+        clients = "1 client" if comparison.concurrency == 1 else f"{comparison.concurrency} clients"
         low, high = figures["ratio_range"]
-        rows.append(
-            [
-                str(comparison.concurrency),
-                *(f"{figures['tokens_per_forward'][name]:.2f}" for name in ("plain", "ours")),
-                *(f"{figures['tokens_per_second'][name]:.0f}" for name in ("plain", "ours")),
-                f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})",
-                f"{figures['identical']} of {figures['num_prompts']}",
-            ]
-        )
-    columns = ["clients", "tokens/forward", "with mtp", "tokens/s", "with mtp", "ratio", "same text"]
-    rounds = len(comparisons[0].plain)
-    print_table(out, f"bfloat16; medians of {rounds} pairs of runs, in turns (ratio: lowest to highest)", columns, rows)
-    verdict = "identical" if float32["identical"] == float32["num_prompts"] else "NOT IDENTICAL"
+        for key, digits, ratio in (
+            ("tokens_per_forward", 2, ""),
+            ("tokens_per_second", 0, f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})"),
+        ):
+            values = (f"{figures[key][name]:.{digits}f}" for name in ("plain", "ours"))
+            rows.append([f"{key.replace('_', ' ')}, {clients}", *values, ratio])
+        rows.append([f"same tokens in bfloat16, {clients}", "", f"{figures['identical']} of {figures['num_prompts']}", ""])
+    rows.append(["same tokens in float32, 1 client", "", f"{float32['identical']} of {float32['num_prompts']}", ""])
+    title = f"Medians of {len(comparisons[0].plain)} pairs of runs in bfloat16, in turns (ratio: lowest to highest)"
+    print_table(out, title, ["", "plain vLLM", "with vllm-mtp", "ratio"], rows)
+    if float32["identical"] == float32["num_prompts"]:
+        out.print("Greedy outputs are identical where rounding cannot decide (float32).", soft_wrap=True)
+    else:
+        out.print("Greedy outputs DIFFER in float32: this is a fault.", soft_wrap=True)
     out.print(
-        f"float32, greedy: {float32['identical']} of {float32['num_prompts']} outputs have plain vLLM's tokens: {verdict}.\n"
-        "In bfloat16 a sum rounds differently when the batch has another shape, so there a near-tie may fall the other way,\n"
-        "as it also does between two runs of plain vLLM at different concurrency."
+        "In bfloat16 sums round differently when a batch has another shape, so a near-tie may fall the other way; plain vLLM at"
+        " another concurrency does the same.",
+        soft_wrap=True,
     )

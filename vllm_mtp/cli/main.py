@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_mtp.cli import train
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -17,7 +19,7 @@ app = typer.Typer(
 def demo(
     model: Annotated[str | None, typer.Option(help="Base model; the demo's own when left out.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder for that base.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, max=120, help="Held-out prompts to show, and to compare in float32.")] = 3,
+    prompts: Annotated[int, typer.Option(min=1, max=120, help="Held-out prompts to show.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens a prompt.")] = 128,
     num_speculative_tokens: Annotated[int | None, typer.Option("--num-speculative-tokens", "-k", min=1, help="Drafts.")] = None,
     layout: Annotated[str | None, typer.Option(help="quadratic, linear or auto; the plugin's default when left out.")] = None,
@@ -52,3 +54,6 @@ def inspect(
     from vllm_mtp.cli.inspect import run
 
     raise typer.Exit(run(adapter, base))
+
+
+app.command(epilog=train.EPILOG)(train.train)
