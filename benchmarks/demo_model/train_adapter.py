@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.demo_model.corpus import is_test, split
 from vllm_mtp.train.config import LossWeights, TrainConfig
-from vllm_mtp.train.trainer import train
+from vllm_mtp.train.run import train
 
 PROMPTS = Path(__file__).parents[2] / "vllm_mtp" / "demo" / "prompts.jsonl"
 

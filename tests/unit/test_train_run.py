@@ -17,7 +17,7 @@ from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.data import DataError, Sequences, read_documents
 from vllm_mtp.train.model import MaskedModel
 from vllm_mtp.train.on_policy import continue_prompts
-from vllm_mtp.train.trainer import train
+from vllm_mtp.train.run import train
 
 
 def run_config(folder: Path, **options: object) -> TrainConfig:
@@ -56,6 +56,12 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path, monkeypat
     assert resumed.keys() == unbroken.keys()
     for name, tensor in unbroken.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_an_output_folder_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
+    train(run_config(tmp_path))
+    with pytest.raises(DataError, match="holds a run with rank=4, now 2"):
+        train(run_config(tmp_path, rank=2))
 
 
 def test_the_exported_adapter_drafts_as_the_model_in_training(tmp_path: Path) -> None:

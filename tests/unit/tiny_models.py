@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vllm_mtp.adapter import Adapter, base_facts
 from vllm_mtp.config import AdapterConfig, SamplerConfig
 from vllm_mtp.train.config import TrainConfig
+from vllm_mtp.train.export import lora_weights
 from vllm_mtp.train.model import MaskedModel
-from vllm_mtp.train.trainer import lora_weights
 
 
 def tiny_base(vocab_size: int = 61, seed: int = 0) -> LlamaForCausalLM:

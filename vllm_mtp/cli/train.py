@@ -24,6 +24,7 @@ def train(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the adapter.", show_default=False)],
+    base_name: Annotated[str | None, typer.Option(help="Hub name that the adapter gives for its base.")] = None,
     prompts: Annotated[
         list[Path] | None, typer.Option(help="Held-out prompts, read like the data, to count tokens per forward on.")
     ] = None,
@@ -62,12 +63,12 @@ def train(
     if not (config.base / "config.json").is_file():
         _fail(f"--base {config.base} is not a model folder: it has no config.json.")
     try:
-        from vllm_mtp.train.trainer import DataError, train
+        from vllm_mtp.train.run import train
     except ImportError as error:
         _fail(f'training needs {error.name}: pip install "vllm-mtp[train]".')
     try:
         typer.echo(f"adapter written to {train(config)}")
-    except (DataError, OSError) as error:
+    except (ValueError, OSError) as error:
         _fail(str(error).splitlines()[0])
 
 

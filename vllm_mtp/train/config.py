@@ -28,6 +28,8 @@ class TrainConfig(StrictModel):
     """Options of `vllm-mtp train`."""
 
     base: Path
+    base_name: str | None = None
+    """How users find the base, as the adapter names it; the folder's path by default."""
     data: tuple[Path, ...] = Field(min_length=1)
     output: Path
     eval_data: tuple[Path, ...] = ()

@@ -58,10 +58,12 @@ class MaskedModel(nn.Module):
         return {**own, "mask_embeddings": self.mask_embeddings.detach()}
 
     def load_trainable(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set what `trainable` returned; KeyError when names differ."""
+        """Set what `trainable` returned; ValueError when it was another model's."""
         own = dict(self.named_parameters())
-        if tensors.keys() != self.trainable().keys():
-            raise KeyError(f"the checkpoint was written with other options: {sorted(tensors.keys() ^ self.trainable().keys())[:3]}")
+        wanted = {name: tensor.shape for name, tensor in self.trainable().items()}
+        for name in sorted(wanted.keys() | tensors.keys()):
+            if name not in wanted or name not in tensors or tensors[name].shape != wanted[name]:
+                raise ValueError(f"the checkpoint was written with other options: {name} differs")
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)

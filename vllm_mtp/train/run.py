@@ -1,0 +1,132 @@
+"""A training run from options to adapter: base and data are loaded, the base continues prompts, the Trainer trains."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from vllm_mtp.adapter import fingerprint_folder
+from vllm_mtp.train.config import TrainConfig
+from vllm_mtp.train.data import DataError, Sequences, read_documents, token_stream
+from vllm_mtp.train.export import export
+from vllm_mtp.train.model import MaskedModel
+from vllm_mtp.train.on_policy import on_policy_sequences
+from vllm_mtp.train.trainer import Evaluation, MaskTrainer
+
+PROMPT_TOKENS = 128
+# They change what is reported or how fast, not what is trained.
+FREE_OPTIONS = {"output", "eval_data", "eval_prompts", "eval_steps", "log_steps", "save_steps", "compile", "base_name"}
+
+
+def train(config: TrainConfig) -> Path:
+    """Train an adapter and write it to `config.output / "adapter"`; a killed run goes on from its last checkpoint.
+
+    Raises:
+        DataError: data or output folder cannot be used.
+        OSError: the base model cannot be loaded.
+    """
+    _claim_output(config)
+    torch.manual_seed(config.seed)
+    cuda = torch.cuda.is_available()
+    tokenizer = AutoTokenizer.from_pretrained(config.base)
+    base = AutoModelForCausalLM.from_pretrained(
+        config.base,
+        dtype=torch.bfloat16 if cuda and config.bf16 else torch.float32,
+        attn_implementation="eager" if config.compile and not cuda else "sdpa",  # compiled, eager is faster on a CPU
+    )
+    base.to("cuda" if cuda else "cpu")  # type: ignore[arg-type]
+    window = getattr(base.config, "sliding_window", None)
+    if window and window < config.length + config.mask_tokens and getattr(base.config, "use_sliding_window", True):
+        raise DataError(f"length={config.length} is beyond the base's sliding window of {window} tokens: ask for a smaller length.")
+    model, end = MaskedModel(base, config), tokenizer.eos_token_id
+    stream = token_stream(tokenizer, read_documents(config.data), config.seed)
+    data = Sequences(stream, _on_policy(model, stream, end), config)
+    callbacks = []
+    if config.eval_data:
+        texts = read_documents(config.eval_data)[: config.eval_prompts]
+        prompts = [torch.tensor(ids[:PROMPT_TOKENS]) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        callbacks = [Evaluation(model, prompts, end, config.eval_steps)]
+
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+    arguments = TrainingArguments(
+        output_dir=str(config.output),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        bf16=config.bf16,
+        use_cpu=not cuda,
+        torch_compile=config.compile,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.log_steps,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=config.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+    trainer = MaskTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule), callbacks=callbacks)
+    start = time.time()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(config.output)))
+    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+    figures: dict[str, object] = {
+        "seconds_since_last_resume": round(time.time() - start),
+        "final_losses": {name: last[name] for name in ("loss", "plain", "sampler", "consistency") if name in last},
+        "tokens_per_forward": callbacks[0].figures if callbacks else {},
+    }
+    return export(model, config.output / "adapter", figures)
+
+
+def _claim_output(config: TrainConfig) -> None:
+    """Make the output folder, or check that the run in it had the same options."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    file = config.output / "options.json"
+    options = json.loads(config.model_dump_json(exclude=FREE_OPTIONS))
+    if file.exists():
+        before = json.loads(file.read_text())
+        for name, value in options.items():
+            if before.get(name) != value:
+                found = f"{config.output} holds a run with {name}={before.get(name)}, now {value}"
+                raise DataError(f"{found}: choose another output, or the same option.")
+    file.write_text(json.dumps(options, indent=2) + "\n")
+
+
+def _on_policy(model: MaskedModel, stream: torch.Tensor, end: int | None) -> dict[str, torch.Tensor] | None:
+    """Sequences continued by the base, from `OUTPUT/on_policy.safetensors` where an earlier run made the same ones."""
+    config = model.options
+    if config.on_policy == 0:
+        return None
+    path = config.output / "on_policy.safetensors"
+    settings = config.model_dump(mode="json", include={"on_policy_sequences", "on_policy_greedy", "length", "seed"})
+    made_for = json.dumps({**settings, "base": fingerprint_folder(config.base), "tokens": len(stream)})
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("made_for") == made_for:
+                return load_file(path)
+    tensors: dict[str, torch.Tensor] = {}
+    with Progress() as progress:
+        task = progress.add_task("continuing prompts with the base", total=config.on_policy_sequences)
+        for done in on_policy_sequences(model.base, stream, end, config):
+            if isinstance(done, int):
+                progress.update(task, completed=done)
+            else:
+                tensors = done
+    save_file(tensors, path, {"made_for": made_for})
+    return tensors
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Learning rate over its peak: linear warm-up, then linear decay to `final_learning_rate`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 1 - (1 - config.final_learning_rate) * progress
