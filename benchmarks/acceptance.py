@@ -1,0 +1,143 @@
+"""Tokens per forward of an adapter in vLLM, over the held-out prompts: by k, layout, sampler head, looping and temperature.
+
+    python -m benchmarks.acceptance --output acceptance.json
+
+**Tokens per forward** is output tokens over the forwards that gave a request some, counted from the tokens that every engine step
+adds to every request. The forward that ends the prompt is counted; it gives one token, so plain decoding has exactly 1. Outputs end
+at the end of the text or at --max-tokens, and tokens past that end are not counted. The JSON also has the same without that first
+forward, which is what vLLM's own counters call the acceptance length: 1 + accepted drafts / verifications.
+
+An output **loops** when some 8 tokens in a row occur three times in it. Small models loop when greedy, and loops are easy to draft.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_mtp import demo
+from vllm_mtp.adapter import read_adapter, write_adapter
+from vllm_mtp.cli.engine import EngineProcess, Output, tokens_per_forward
+from vllm_mtp.cli.measure import machine
+
+LOOP_LENGTH, LOOP_TIMES = 8, 3
+CONCURRENCY = 16
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether `LOOP_LENGTH` tokens in a row occur at least `LOOP_TIMES` times."""
+    grams = Counter(tuple(tokens[i : i + LOOP_LENGTH]) for i in range(len(tokens) - LOOP_LENGTH + 1))
+    return max(grams.values(), default=0) >= LOOP_TIMES
+
+
+def acceptance_length(outputs: Sequence[Output]) -> float | None:
+    """Tokens of each forward after the one that ends the prompt."""
+    steps = [step for output in outputs for step in output.steps[1:]]
+    return sum(steps) / len(steps) if steps else None
+
+
+def figures(outputs: Sequence[Output]) -> dict[str, Any]:
+    """Tokens per forward of all outputs, of those that loop and of those that do not."""
+    parts = {
+        "all": list(outputs),
+        "looping": [output for output in outputs if loops(output.tokens)],
+        "not_looping": [output for output in outputs if not loops(output.tokens)],
+    }
+    return {
+        name: {
+            "outputs": len(part),
+            "output_tokens": sum(len(output.tokens) for output in part),
+            "tokens_per_forward": tokens_per_forward(part) if part else None,
+            "acceptance_length": acceptance_length(part),
+        }
+        for name, part in parts.items()
+    }
+
+
+def without_sampler(adapter: Path, folder: Path) -> Path:
+    """A copy of `adapter` in `folder` whose drafts are the plain head's argmax."""
+    loaded = read_adapter(adapter)
+    config = loaded.config.model_copy(update={"sampler": None})
+    write_adapter(folder, config, loaded.lora, loaded.mask_embeddings, None)
+    return folder
+
+
+def measure(options: argparse.Namespace, adapter: Path, k: int, layout: str, log: Path) -> dict[str, Any]:
+    """One engine over all prompts, at every temperature. Sampled requests have the prompt's number as their seed."""
+    arguments = {
+        "model": str(options.model),
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "max_num_seqs": CONCURRENCY,
+        "disable_log_stats": True,
+        "speculative_config": {"method": "mtp", "model": str(adapter), "num_speculative_tokens": k, "layout": layout},
+    }
+    prompts = demo.prompts()[: options.prompts]
+    with EngineProcess(arguments, log) as engine:
+        engine.wait_until_ready()
+        return {
+            f"temperature {temperature:g}": figures(
+                engine.generate(
+                    prompts, max_tokens=options.max_tokens, concurrency=CONCURRENCY, temperature=temperature, seed=0
+                ).outputs
+            )
+            for temperature in options.temperatures
+        }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The README's table, in Markdown."""
+    first = rows[0]["figures"]
+    columns = [(temperature, part) for temperature in first for part in ("all", "looping", "not_looping")]
+    titles = [f"{temperature}, {part.replace('_', ' ')}" for temperature, part in columns]
+    lines = ["| k | layout | sampler head | " + " | ".join(titles) + " |", "|---" * (3 + len(columns)) + "|"]
+    for row in rows:
+        parts = [row["figures"][temperature][part] for temperature, part in columns]
+        cells = ["-" if part["outputs"] == 0 else f"{part['tokens_per_forward']:.2f} ({part['outputs']})" for part in parts]
+        lines.append(f"| {row['k']} | {row['layout']} | {'yes' if row['sampler'] else 'no'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=demo.BASE)
+    parser.add_argument("--adapter", type=Path, default=demo.ADAPTER)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; written anew after every engine")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--layouts", nargs="+", default=["quadratic", "linear"])
+    parser.add_argument("--samplers", nargs="+", choices=["yes", "no"], default=["yes", "no"])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--prompts", type=int, default=120)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    options = parser.parse_args()
+
+    report: dict[str, Any] = {
+        "command": sys.argv,
+        "machine": machine(),
+        "num_prompts": options.prompts,
+        "max_tokens": options.max_tokens,
+        "rows": [],
+    }
+    logs = options.output.with_suffix(".logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for sampler, layout, k in itertools.product(options.samplers, options.layouts, options.k):
+            adapter = options.adapter
+            if sampler == "no":
+                adapter = Path(folder) / "without-sampler"
+                if not adapter.exists():
+                    without_sampler(options.adapter, adapter)
+            found = measure(options, adapter, k, layout, logs / f"{sampler}-{layout}-{k}.log")
+            report["rows"].append({"k": k, "layout": layout, "sampler": sampler == "yes", "figures": found})
+            options.output.write_text(json.dumps(report, indent=2) + "\n")
+            print(table(report["rows"]).splitlines()[-1], file=sys.stderr, flush=True)
+    print(table(report["rows"]))
+
+
+if __name__ == "__main__":
+    main()
