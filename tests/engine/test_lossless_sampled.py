@@ -1,0 +1,67 @@
+"""Sampled output has plain vLLM's distribution: two-sample tests of token counts, 2,000 samples a prompt.
+
+At each position after the first (which is not drafted) the counts of the tokens sampled by two engines are compared by Pearson's
+chi-square test; tokens seen fewer than ten times together share one cell. Plain against plain with another seed is the floor.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm_mtp import demo
+
+from .conftest import Engine, Engines, speculative
+
+pytestmark = pytest.mark.engine
+SAMPLES, TOKENS, NUM_PROMPTS = 2000, 4, 3
+Counts = list[Counter[int]]
+
+
+def sample(engine: Engine, prompt: str, seed: int, temperature: float = 1.0) -> Counts:
+    """Counts of the tokens at each position over `SAMPLES` continuations of `prompt`."""
+    torch.manual_seed(seed)  # requests without a seed of their own draw from the global generator
+    params = SamplingParams(temperature=temperature, top_p=0.9, max_tokens=TOKENS, ignore_eos=True, n=SAMPLES)
+    completions = engine.llm.generate([prompt], params, use_tqdm=False)[0].outputs
+    return [Counter(completion.token_ids[i] for completion in completions) for i in range(TOKENS)]
+
+
+def p_value(a: Counter[int], b: Counter[int]) -> float:
+    """Probability of counts at least this different if both were drawn from one distribution."""
+    common = [token for token in a | b if a[token] + b[token] >= 10]
+    rest = [sum(counts[token] for token in a | b if a[token] + b[token] < 10) for counts in (a, b)]
+    cells = [[a[token], b[token]] for token in common] + ([rest] if sum(rest) else [])
+    table = torch.tensor(cells, dtype=torch.float64)
+    if len(table) < 2:
+        return 1.0
+    expected = table.sum(1, keepdim=True) * table.sum(0, keepdim=True) / table.sum()
+    statistic = ((table - expected) ** 2 / expected).sum()
+    degrees = torch.tensor((len(table) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees, statistic / 2))
+
+
+def smallest(a: list[Counts], b: list[Counts]) -> float:
+    """The smallest p-value over prompts and drafted positions, times their number (Bonferroni)."""
+    values = [p_value(x[i], y[i]) for x, y in zip(a, b, strict=True) for i in range(1, TOKENS)]
+    return min(1.0, min(values) * len(values))
+
+
+def test_sampled_tokens_have_plains_distribution(
+    engines: Engines, prompts: list[str], record_property: pytest.FixtureRequest
+) -> None:
+    options = {"max_num_seqs": 64}
+    chosen = prompts[1 : 1 + NUM_PROMPTS]
+    plain = [sample(engines(**options), prompt, 1) for prompt in chosen]
+    again = [sample(engines(**options), prompt, 2) for prompt in chosen]
+    cooler = [sample(engines(**options), prompt, 3, temperature=0.8) for prompt in chosen]
+    engine = engines(speculative(demo.ADAPTER, 3), **options)
+    before = engine.metric("vllm:spec_decode_num_accepted_tokens")
+    ours = [sample(engine, prompt, 4) for prompt in chosen]
+    assert engine.metric("vllm:spec_decode_num_accepted_tokens") - before > SAMPLES
+    values = {"floor": smallest(plain, again), "ours": smallest(plain, ours), "cooler": smallest(plain, cooler)}
+    for name, value in values.items():
+        record_property(f"p_{name}", value)  # type: ignore[operator]
+        print(f"p({name} = plain) = {value:.3g}")
+    assert values["floor"] > 1e-3
+    assert values["ours"] > 1e-3
+    assert values["cooler"] < 1e-6  # the test would see a difference as small as this

@@ -1,0 +1,101 @@
+"""What stands in the mask rows and in the real rows, against the reference and against plain vLLM. fp32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_mtp import demo
+from vllm_mtp.reference import ReferenceModel
+
+from .conftest import Engine, Engines, speculative
+
+pytestmark = pytest.mark.engine
+
+
+def record_groups(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], torch.Tensor]]:
+    """Collects (prefix ids, states [length, d]) of every group that the engine computes."""
+    expansion, runner = engine.proposer.expansion, engine.runner
+    forward, seen = expansion.target.forward, []
+
+    def recording(input_ids: torch.Tensor, positions: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = forward(input_ids, positions, *args, **kwargs)
+        if expansion.last is None:
+            return out
+        groups, hidden, batch = expansion.last.groups, expansion.last.hidden, runner.input_batch
+        for g in range(groups.num_groups):
+            request, row, length = int(groups.request[g]), int(groups.row[g]), int(groups.prefix_len[g])
+            known = int(batch.num_tokens_no_spec[request])
+            ids = batch.token_ids_cpu[request, : min(known, length)].tolist()
+            ids += input_ids[row + 1 - (length - len(ids)) : row + 1].tolist()  # drafts are rows of this step only
+            seen.append((ids, hidden[groups.start[g] : groups.start[g + 1]].clone()))
+        return out
+
+    monkeypatch.setattr(expansion.target, "forward", recording)
+    return seen
+
+
+@pytest.mark.parametrize(("block_size", "layout"), [(128, "quadratic"), (32, "quadratic"), (32, "linear")])
+def test_mask_states_equal_the_reference(
+    engines: Engines, prompts: list[str], monkeypatch: pytest.MonkeyPatch, block_size: int, layout: str
+) -> None:
+    k = 4
+    reference = ReferenceModel.from_folder(demo.BASE, demo.ADAPTER)
+    engine = engines(speculative(demo.ADAPTER, k, layout), block_size=block_size)
+    seen = record_groups(engine, monkeypatch)
+    # 16 requests of different lengths in one step; one of them long, so that blocks of 128 fill up and start anew.
+    batch = [prompt[: 40 + 23 * i] for i, prompt in enumerate(prompts[:15])] + ["\n".join(prompts[:4])[:900]]
+    engine.greedy(batch, 16)
+    lengths = {len(ids) for ids, _ in seen}
+    assert len(lengths) > 60
+    assert max(lengths) > 128
+    crossed = [entry for entry in seen if len(entry[0]) // block_size != (len(entry[0]) + k - 1) // block_size]
+    sample = seen[:: max(1, len(seen) // 120)] + crossed[:20]
+    assert crossed
+    worst = max((reference.mask_states(ids, len(states)) - states).abs().max().item() for ids, states in sample)
+    assert worst < 1e-4
+
+
+def test_prompt_logits_are_bit_identical_with_the_adapter_loaded(engines: Engines, prompts: list[str], random_adapter: Path) -> None:
+    def prompt_logits(engine: Engine) -> list[torch.Tensor]:
+        compute, seen, first = engine.runner.model.compute_logits, [], []
+
+        def recording(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append(compute(hidden, *args, **kwargs))
+            return seen[-1]
+
+        engine.runner.model.compute_logits = recording
+        try:
+            for prompt in prompts[:20]:
+                calls = len(seen)
+                engine.greedy([prompt], 12)
+                first.append(seen[calls])
+        finally:
+            engine.runner.model.compute_logits = compute
+        return first
+
+    expected = prompt_logits(engines())
+    engine = engines(speculative(random_adapter, 8))
+    before = engine.proposer.expansion.counters.mask_rows
+    found = prompt_logits(engine)
+    assert engine.proposer.expansion.counters.mask_rows - before > 20 * 8  # mask rows stood behind every prompt
+    assert all(torch.equal(e, f) for e, f in zip(expected, found, strict=True))
+
+
+def test_a_second_request_hits_the_prefix_cache_as_in_plain(engines: Engines, prompts: list[str]) -> None:
+    def hits(engine: Engine) -> tuple[list[list[int]], list[float]]:
+        first = engine.greedy(prompts[:12], 128)
+        texts = [engine.llm.get_tokenizer().decode(engine.encode(p) + o) for p, o in zip(prompts[:12], first, strict=True)]
+        counts = [engine.metric("vllm:prefix_cache_hits")]
+        second = engine.greedy(prompts[:12], 128)
+        counts.append(engine.metric("vllm:prefix_cache_hits"))
+        third = engine.greedy(texts, 32)
+        counts.append(engine.metric("vllm:prefix_cache_hits"))
+        assert second == first
+        return first + third, [b - a for a, b in zip(counts, counts[1:], strict=False)]
+
+    options = {"enable_prefix_caching": True, "block_size": 32}
+    expected = hits(engines(**options))
+    assert all(count > 0 for count in expected[1])
+    for layout in ("quadratic", "linear"):
+        assert hits(engines(speculative(demo.ADAPTER, 4, layout), **options)) == expected
