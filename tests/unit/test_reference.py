@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import as_adapter, tiny_base, tiny_config, tiny_masked_model
 
+from tests.unit.tiny_models import as_adapter, tiny_base, tiny_config, tiny_masked_model
 from vllm_mtp.reference import ReferenceModel
 from vllm_mtp.train.evaluate import draft_table, emitted, loops
 from vllm_mtp.train.model import MaskedModel

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import as_adapter, tiny_base, tiny_config, tiny_masked_model
 
+from tests.unit.tiny_models import as_adapter, tiny_base, tiny_config, tiny_masked_model
 from vllm_mtp.reference import ReferenceModel
 from vllm_mtp.train.model import MaskedModel
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
-from tiny_models import save_tiny_base, tiny_base, tiny_config
 from typer.testing import CliRunner
 
+from tests.unit.tiny_models import save_tiny_base, tiny_base, tiny_config
 from vllm_mtp.adapter import check_base, read_adapter
 from vllm_mtp.cli import train as command
 from vllm_mtp.reference import ReferenceModel
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.data import DataError, Sequences, read_documents
+from vllm_mtp.train.export import from_adapter
 from vllm_mtp.train.model import MaskedModel
 from vllm_mtp.train.on_policy import continue_prompts
 from vllm_mtp.train.run import train
@@ -75,10 +76,14 @@ def test_the_exported_adapter_drafts_as_the_model_in_training(tmp_path: Path) ->
     reference = ReferenceModel.from_folder(config.base, folder)
     model = MaskedModel(reference.base, config)
     model.load_trainable(load_file(config.output / "checkpoint-4" / "trained.safetensors"))
+    loaded = from_adapter(config.base, folder)
     ids = torch.randint(2, 200, (1, 20))
     with torch.no_grad():
         z = model.states(ids, torch.tensor([[9]]))[1][0, 0]
-    torch.testing.assert_close(reference.mask_states(ids[0, :9].tolist(), 3), z, atol=0.05, rtol=0.05)  # weights in bfloat16
+        again = loaded.states(ids, torch.tensor([[9]]))[1][0, 0]
+    wanted = reference.mask_states(ids[0, :9].tolist(), 3)
+    torch.testing.assert_close(wanted, z, atol=0.05, rtol=0.05)  # weights in bfloat16
+    torch.testing.assert_close(again, wanted, atol=1e-4, rtol=1e-4)
     assert max(weights.b.abs().max().item() for weights in adapter.lora.values()) > 0.01
 
 

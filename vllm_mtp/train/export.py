@@ -1,4 +1,4 @@
-"""From a model in training to an adapter folder."""
+"""From a model in training to an adapter folder, and back."""
 
 import copy
 from pathlib import Path
@@ -7,9 +7,11 @@ import peft
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
 
-from vllm_mtp.adapter import LoRAWeights, base_facts, write_adapter
+from vllm_mtp.adapter import LoRAWeights, base_facts, check_base, read_adapter, write_adapter
 from vllm_mtp.config import AdapterConfig, SamplerConfig
+from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.model import MaskedModel
 
 
@@ -43,3 +45,32 @@ def export(model: MaskedModel, folder: Path, figures: dict[str, object]) -> Path
     sampler = copy.deepcopy(model.sampler).to(dtype) if model.sampler is not None else None
     write_adapter(folder, adapter, lora_weights(model, dtype), model.mask_embeddings.to(dtype), sampler)
     return folder
+
+
+@torch.no_grad()
+def from_adapter(base: Path, folder: Path) -> MaskedModel:
+    """The model in training as an adapter folder left it, in float32; AdapterError where the base is another one."""
+    adapter = read_adapter(folder)
+    check_base(adapter.config, base)
+    rank = max(weights.a.shape[0] for weights in adapter.lora.values())
+    config = TrainConfig(
+        base=base,
+        data=(folder,),
+        output=folder,
+        mask_tokens=adapter.config.num_mask_tokens,
+        rank=rank,
+        alpha=rank,  # the scale goes into B
+        sampler=adapter.sampler is not None,
+        sampler_residual=adapter.config.sampler is None or adapter.config.sampler.residual,
+    )
+    model = MaskedModel(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in model.trainable().items()}
+    for name, weights in adapter.lora.items():
+        for x, tensor in (("A", weights.a), ("B", weights.b * weights.scale)):
+            own = tensors[f"student.base_model.model.{name}.lora_{x}.default.weight"]
+            own[tuple(map(slice, tensor.shape))] = tensor  # a module of smaller rank is padded with zeros
+    tensors["mask_embeddings"] = adapter.mask_embeddings.float()
+    if adapter.sampler is not None:
+        tensors |= {f"sampler.{name}": tensor.float() for name, tensor in adapter.sampler.state_dict().items()}
+    model.load_trainable(tensors)
+    return model

@@ -20,7 +20,7 @@ from vllm_mtp.train.model import MaskedModel
 from vllm_mtp.train.on_policy import on_policy_sequences
 from vllm_mtp.train.trainer import Evaluation, MaskTrainer
 
-PROMPT_TOKENS = 128
+PROMPT_TOKENS = 192
 # They change what is reported or how fast, not what is trained.
 FREE_OPTIONS = {"output", "eval_data", "eval_prompts", "eval_steps", "log_steps", "save_steps", "compile", "base_name"}
 
