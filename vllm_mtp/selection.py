@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vllm_mtp.adapter import AdapterError, is_adapter, validate_folder
+from vllm_mtp.adapter import AdapterError, is_adapter, read_adapter, validate_folder
 from vllm_mtp.config import AdapterConfig, ServingOptions
 
 PROPOSER = "vllm_mtp.runner.v1.MaskTokenProposer"
@@ -65,6 +65,7 @@ def resolve(asked: dict[str, Any], additional: dict[str, Any], model_config: Any
         where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal", "function", "tuple"))) or "speculative configuration"
         raise ConfigurationError(f"{where}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})") from None
     _check_servable(resolved, config, model_config, parallel_config)
+    read_adapter(adapter)  # for what only the numbers show: NaN found in a worker would be reported by a dying engine
     return resolved
 
 
