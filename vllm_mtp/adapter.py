@@ -210,10 +210,12 @@ def write_adapter(
         save_file(tensors, temporary / MTP_FILE, {"format": "pt"})
         (temporary / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
         read_adapter(temporary)
+        os.umask(umask := os.umask(0))
+        temporary.chmod(0o777 & ~umask)  # mkdtemp and safetensors make theirs private to the user
         for path in temporary.iterdir():
+            path.chmod(0o666 & ~umask)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        temporary.chmod(0o755)  # mkdtemp's is private to the user
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             folder.rename(old / folder.name)

@@ -127,6 +127,14 @@ def test_a_writer_replaces_an_adapter_but_no_other_folder(adapter_folder: Path, 
     assert (base_folder / "model.safetensors").exists()
 
 
+def test_a_written_adapter_can_be_read_by_whom_the_umask_lets(adapter_folder: Path) -> None:
+    plain = adapter_folder.parent / "plain"
+    plain.mkdir()
+    (plain / "file").touch()
+    assert adapter_folder.stat().st_mode == plain.stat().st_mode
+    assert {path.stat().st_mode for path in adapter_folder.iterdir()} == {(plain / "file").stat().st_mode}
+
+
 def test_links_of_the_hubs_download_cache_are_followed(adapter_folder: Path, tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "main"
     blobs.mkdir(parents=True)

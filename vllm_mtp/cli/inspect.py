@@ -35,6 +35,11 @@ def _ranks(specs: dict[str, LoRASpec]) -> str:
     )
 
 
+def _text(value: object) -> str:
+    """A value of the provenance; an object as one line for each of its keys."""
+    return "\n".join(f"{key}: {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
+
+
 def _rows(folder: Path, config: AdapterConfig) -> list[tuple[str, str]]:
     base, parts = config.base, _parts(folder)
     facts = f"{base.model_type}, {base.num_hidden_layers} layers of width {base.hidden_size}, {base.vocab_size} tokens"
@@ -49,7 +54,7 @@ def _rows(folder: Path, config: AdapterConfig) -> list[tuple[str, str]]:
         ("parameters", "\n".join(f"{count:,} {name}" for name, count in [*parts.items(), ("together", sum(parts.values()))])),
         ("serving", ", ".join(f"{key} {value}" for key, value in serving.items()) or "the plugin's defaults"),
     ]
-    return rows + [(f"training: {key}", str(value)) for key, value in config.training.items()]
+    return rows + [(f"training: {key}", _text(value)) for key, value in config.training.items()]
 
 
 def run(folder: Path, base: Path | None) -> int:
