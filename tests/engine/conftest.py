@@ -93,7 +93,9 @@ class Engines:
         return self.engine
 
     def close(self) -> None:
-        """Ends the engine, if there is one."""
+        """Ends the engine, if there is one. Its teardown takes down the process's distributed groups, so it must come before the next start."""
+        if self.engine is not None:
+            del self.engine.llm
         self.engine, self.key = None, ""
         gc.collect()
 
