@@ -84,7 +84,8 @@ def _start(
     for name, speculative in (("plain", False), ("mtp", True)):
         arguments = engine_args(options, dtype=dtype, enforce_eager=enforce_eager, speculative=speculative)
         engines.append(stack.enter_context(EngineProcess(arguments, folder / f"{name}-{dtype}.log")))
-    for name, engine in zip(("plain vLLM", "vLLM with vllm-mtp"), engines, strict=True):
+    # Ours first: if something is wrong with the adapter or an option, it is there.
+    for name, engine in reversed(list(zip(("plain vLLM", "vLLM with vllm-mtp"), engines, strict=True))):
         engine.wait_until_ready()
         say(f"{name} is ready ({dtype}{', eager' if enforce_eager else ', compiled'})")
     return engines
