@@ -155,15 +155,15 @@ def _print_figures(out: Console, comparisons: list[Comparison], float32: dict[st
         clients = "1 client" if comparison.concurrency == 1 else f"{comparison.concurrency} clients"
         low, high = figures["ratio_range"]
         for key, digits, ratio in (
-            ("tokens_per_forward", 2, ""),
-            ("tokens_per_second", 0, f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})"),
+            ("tokens per forward", 2, ""),
+            ("tokens per second", 0, f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})"),
         ):
-            values = (f"{figures[key][name]:.{digits}f}" for name in ("plain", "ours"))
-            rows.append([f"{key.replace('_', ' ')}, {clients}", *values, ratio])
-        rows.append([f"same tokens in bfloat16, {clients}", "", f"{figures['identical']} of {figures['num_prompts']}", ""])
-    rows.append(["same tokens in float32, 1 client", "", f"{float32['identical']} of {float32['num_prompts']}", ""])
+            values = (f"{figures[key.replace(' ', '_')][name]:.{digits}f}" for name in ("plain", "ours"))
+            rows.append([clients, key, *values, ratio])
+        rows.append([clients, "same output", "", f"{figures['identical']} of {figures['num_prompts']}", ""])
+    rows.append(["float32", "same output", "", f"{float32['identical']} of {float32['num_prompts']}", ""])
     title = f"Medians of {len(comparisons[0].plain)} pairs of runs in bfloat16, in turns (ratio: lowest to highest)"
-    print_table(out, title, ["", "plain vLLM", "with vllm-mtp", "ratio"], rows)
+    print_table(out, title, ["", "", "plain vLLM", "with vllm-mtp", "ratio"], rows)
     if float32["identical"] == float32["num_prompts"]:
         out.print("Greedy outputs are identical where rounding cannot decide (float32).", soft_wrap=True)
     else:

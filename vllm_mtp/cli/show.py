@@ -29,7 +29,7 @@ def print_completion(console: Console, prompt: str, output: Output, prompt_lines
     """The end of a prompt and its completion."""
     end = "\n".join(prompt.splitlines()[-prompt_lines:])
     if console.is_terminal:
-        console.print(Text(end, "dim") + coloured(output))
+        console.print(Text().append(end, "dim").append_text(coloured(output)))
     else:
         console.print(end + SEPARATOR + separated(output), markup=False, highlight=False, soft_wrap=True)
 
@@ -40,10 +40,10 @@ def print_error(error: Exception) -> None:
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose columns after the first are figures."""
+    """A table whose columns are figures where they have a title."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
     for row in rows:
         table.add_row(*row)
     console.print(table)
