@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_MASK_TOKENS = 32
+MAX_SIZE, MAX_LAYERS = 2**24, 1000  # far above any model; a stranger's number must not make us allocate without end
 
 
 class StrictModel(BaseModel):
@@ -21,9 +22,9 @@ class BaseFacts(StrictModel):
 
     name_or_path: str
     model_type: str
-    hidden_size: Annotated[int, Field(gt=0)]
-    num_hidden_layers: Annotated[int, Field(gt=0)]
-    vocab_size: Annotated[int, Field(gt=0)]
+    hidden_size: Annotated[int, Field(gt=0, le=MAX_SIZE)]
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+    vocab_size: Annotated[int, Field(gt=0, le=MAX_SIZE)]
     fingerprint: str | None = None
     """SHA-256 of the base's norm weights rounded to bfloat16 (`adapter.fingerprint`); tells two bases of one shape apart."""
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 MAX_JSON_BYTES = 4 << 20
 MAX_HEADER_BYTES = 16 << 20  # about 100,000 tensors; an adapter of an 80-layer model has 1,120
+MAX_MESSAGE = 1000
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -19,7 +20,14 @@ Shape = tuple[int | None, ...]
 
 
 class AdapterError(ValueError):
-    """An adapter folder cannot be used. The message is one sentence: file, tensor or key, found, expected, remedy."""
+    """An adapter folder cannot be used. The message is one sentence: file, tensor or key, found, expected, remedy.
+
+    It stays one line of bounded length, whatever a stranger has put into a name or a value that it quotes.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ...")
 
 
 @dataclass(frozen=True)

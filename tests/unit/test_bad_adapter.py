@@ -82,6 +82,14 @@ BAD = {
     "unknown key": (edit_json("config.json", num_mask_token=4), "num_mask_token: Extra inputs are not permitted"),
     "k out of range": (edit_json("config.json", num_mask_tokens=0), "num_mask_tokens: Input should be greater than or equal to 1"),
     "k is text": (edit_json("config.json", num_mask_tokens="many"), "found 'many'"),
+    "a number without end": (
+        lambda f: edit_json("config.json", base={**json.loads((f / "config.json").read_text())["base"], "hidden_size": 10**30})(f),
+        "base.hidden_size: Input should be less than or equal to",
+    ),
+    "a name without end": (
+        header_entry(lambda h: h.update({"x\n" * 10**6: h["mask_embeddings"]})),
+        "x x x",
+    ),
     "newer format": (edit_json("config.json", format_version=2), "format_version: Input should be 1"),
     "missing tensor": (edit_tensors(LORA, lambda t: t.pop(FIRST)), f"{LORA}: tensor {FIRST} is missing"),
     "extra tensor": (edit_tensors(LORA, lambda t: t.update(extra=torch.zeros(1))), "tensor extra of shape [1] is not expected"),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_mtp.config import MAX_MASK_TOKENS, AdapterConfig, BaseFacts, SamplerConfig, ServingDefaults, ServingOptions
+from vllm_mtp.config import MAX_LAYERS, MAX_MASK_TOKENS, AdapterConfig, BaseFacts, SamplerConfig, ServingDefaults, ServingOptions
 
 sizes = st.integers(1, 2**20)
 facts = st.builds(
@@ -13,7 +13,7 @@ facts = st.builds(
     name_or_path=st.text(min_size=1),
     model_type=st.text(min_size=1),
     hidden_size=sizes,
-    num_hidden_layers=sizes,
+    num_hidden_layers=st.integers(1, MAX_LAYERS),
     vocab_size=sizes,
     fingerprint=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
 )
