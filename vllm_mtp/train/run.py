@@ -21,8 +21,8 @@ from vllm_mtp.train.on_policy import on_policy_sequences
 from vllm_mtp.train.trainer import Evaluation, MaskTrainer
 
 PROMPT_TOKENS = 192
-# They change what is reported or how fast, not what is trained.
-FREE_OPTIONS = {"output", "eval_data", "eval_prompts", "eval_steps", "log_steps", "save_steps", "compile", "base_name"}
+# They change what is reported, how long and how fast, not what is trained.
+FREE_OPTIONS = {"output", "steps", "eval_data", "eval_prompts", "eval_steps", "log_steps", "save_steps", "compile", "base_name"}
 
 
 def train(config: TrainConfig) -> Path:
@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> Path:
     base = AutoModelForCausalLM.from_pretrained(
         config.base,
         dtype=torch.bfloat16 if cuda and config.bf16 else torch.float32,
-        attn_implementation="eager" if config.compile and not cuda else "sdpa",  # compiled, eager is faster on a CPU
+        attn_implementation="sdpa",
     )
     base.to("cuda" if cuda else "cpu")  # type: ignore[arg-type]
     window = getattr(base.config, "sliding_window", None)
@@ -53,6 +53,9 @@ def train(config: TrainConfig) -> Path:
         texts = read_documents(config.eval_data)[: config.eval_prompts]
         prompts = [torch.tensor(ids[:PROMPT_TOKENS]) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         callbacks = [Evaluation(model, prompts, end, config.eval_steps)]
+
+    if config.compile and not cuda:
+        base.set_attn_implementation("eager")  # compiled, it is the faster one on a CPU; generating with it is the slower one
 
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
