@@ -1,10 +1,17 @@
 """From mask states to drafts: the plain head proposes candidates for all states at once, the sampler head chooses among them in turn."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from vllm_mtp.sampler_head import SamplerHead
+
+class Sampler(Protocol):
+    """A sampler head in two parts (`sampler_head.SamplerHead`): what needs mask states only, and the rest."""
+
+    def project(self, z: torch.Tensor) -> torch.Tensor: ...
+
+    def step(self, previous: torch.Tensor, projected: torch.Tensor, z: torch.Tensor) -> torch.Tensor: ...
 
 
 class Drafter:
@@ -29,7 +36,7 @@ class Drafter:
         compute_logits: Callable[[torch.Tensor], torch.Tensor],
         embed: Callable[[torch.Tensor], torch.Tensor],
         unembedding: torch.Tensor | None,
-        sampler: SamplerHead | None,
+        sampler: Sampler | None,
         candidates: int,
         vocab_size: int,
     ) -> None:
@@ -52,9 +59,10 @@ class Drafter:
             assert self.unembedding is not None
             tokens = self.compute_logits(states.flatten(0, 1)).topk(self.candidates, sorted=False).indices.view(num_requests, k, -1)
             rows = self.unembedding[tokens]
+        projected = self.sampler.project(states)
         previous, drafts = sampled, []
         for i in range(k):
-            state = self.sampler(self.embed(previous), states[:, i])
+            state = self.sampler.step(self.embed(previous), projected[:, i], states[:, i])
             if tokens is None or rows is None:
                 previous = self.compute_logits(state).argmax(-1)
             else:

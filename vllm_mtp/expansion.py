@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_mtp.gated_lora import GatedLinears, RowSplit
-from vllm_mtp.layout import Batch, Groups, plan_groups
+from vllm_mtp.layout import Groups, plan_groups
 from vllm_mtp.mask_attention import ForkedSequences, plan_forks
 
 
@@ -31,17 +31,20 @@ class Counters:
 
 @dataclass
 class EngineStep:
-    """What the engine's glue knows of the step that is about to run.
+    """What the engine's glue knows of the step that is about to run; R requests.
 
     Attributes:
-        batch: the real rows.
+        num_rows, num_drafts: real rows and drafts of each request, as `layout.plan_groups` takes them.
+        request_len: tokens of each request once all its rows count, [R].
         block_table: blocks of each request, [R, W].
-        lengths: group lengths of the step's layout, [1 + k].
+        lengths: group lengths of the step's layout.
     """
 
-    batch: Batch
+    num_rows: tuple[int, ...]
+    num_drafts: tuple[int, ...]
+    request_len: torch.Tensor
     block_table: torch.Tensor
-    lengths: torch.Tensor
+    lengths: tuple[int, ...]
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Expansion:
         rows: where real rows end, shared with the gated linears.
         linears: the gated linears.
         max_rows: most rows a step may have, real and mask rows together (max_num_batched_tokens).
+        max_model_len: positions that the model has.
         next_step: says what the running step holds; None in warm-up, profiling and steps without requests.
     """
 
@@ -70,6 +74,7 @@ class Expansion:
     rows: RowSplit
     linears: GatedLinears
     max_rows: int
+    max_model_len: int
     next_step: Callable[[int], EngineStep | None]
     attention: ForkedSequences | None = None
     block_size: int = 0
@@ -96,10 +101,10 @@ class Expansion:
         embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         num_real = embeds.shape[0]
         begin = time.perf_counter()
-        groups = self._begin(num_real)
+        groups, mask_positions = self._begin(num_real, positions)
         if groups is not None:
             embeds = torch.cat([embeds, self.mask_embeddings[groups.mask_index]])
-            positions = torch.cat([positions, groups.positions.to(positions.dtype)])
+            positions = torch.cat([positions, mask_positions])
             self.counters.mask_rows += groups.num_rows
             self.counters.steps += 1
             self.counters.real_rows += num_real
@@ -116,18 +121,17 @@ class Expansion:
         self.last = MaskStates(groups, hidden[num_real:])
         return hidden[:num_real]
 
-    def _begin(self, num_real: int) -> Groups | None:
-        """Plans the running step, once for all layers."""
-        if self.attention is None:
-            return None
-        step = self.next_step(num_real)
+    def _begin(self, num_real: int, positions: torch.Tensor) -> tuple[Groups | None, torch.Tensor]:
+        """Plans the running step, once for all layers: its groups, and the positions of their rows."""
+        step = self.next_step(num_real) if self.attention is not None else None
         if step is None:
-            return None
-        groups = plan_groups(step.batch, step.lengths, self.max_rows - num_real)
-        if groups is None:
-            return None
-        k = step.lengths.shape[0] - 1
-        fork = plan_forks(step.batch, groups, step.block_table, self.block_size, self.scratch, k)
-        self.attention.begin(fork, num_real)
+            return None, positions
+        k = len(step.lengths) - 1
+        room = self.max_rows - num_real
+        groups = plan_groups(step.num_rows, step.num_drafts, step.lengths, room, self.block_size, step.request_len.device)
+        if groups is None or self.attention is None:
+            return None, positions
+        prefix_len = groups.prefix_len(step.request_len)
+        self.attention.begin(plan_forks(groups, prefix_len, step.block_table, self.block_size, self.scratch, k), num_real)
         self.rows.num_real = num_real
-        return groups
+        return groups, groups.positions(prefix_len, self.max_model_len).to(positions.dtype)

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from vllm_mtp.cpu_linear import PackedLinear
+
 
 class LowRank(Protocol):
     """One module's LoRA: a [r, in], b [out, r], scale."""
@@ -90,17 +92,10 @@ def layer_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 def _merged_linear(
     layer: Any, slices: list[tuple[int, LowRank]], dtype: torch.dtype
 ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
     weight = layer_weight(layer, dtype).float()
     for at, lora in slices:
         weight[at : at + lora.b.shape[0]] += lora.scale * (lora.b.float() @ lora.a.float())
-    shadow = torch.nn.Module()
-    shadow.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-    dispatch_cpu_unquantized_gemm(shadow, remove_weight=True)
-    linear: Any = shadow.cpu_linear
-    packed = shadow.weight
-    return lambda x, bias: linear(x, packed, bias)
+    return PackedLinear(weight.to(dtype))
 
 
 class GatedLinears:

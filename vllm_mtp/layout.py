@@ -1,10 +1,14 @@
 """Groups and rows of a step: which real rows are followed by mask tokens, how many, and at which positions.
 
 A *group* stands for "this row's token is the last one accepted": it has `length` mask tokens that follow the prefix ending in that row.
-Pure tensor functions, vectorised over requests and groups; no vLLM import.
+
+A step has a *shape* (rows and drafts of each request, group lengths) and *prefix lengths*. Everything that follows from the shape alone is
+made once and kept, because decoding repeats a few shapes over and over; what depends on prefix lengths is a handful of tensor operations
+without host reads. No vLLM import.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -26,102 +30,124 @@ def group_lengths(layout: str | tuple[int, ...], k: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The real rows of a step, as the engine scheduled them. R requests, N rows; integer tensors on one device.
-
-    Attributes:
-        query_start: first row of each request and N at the end, [R + 1].
-        prefix_len: tokens of each request once all its rows count, [R].
-        num_drafts: how many of its rows are drafts to verify, [R]; -1 for a prompt chunk that does not end the prompt.
-        max_len: tokens after which a request must stop (model length, max_tokens), [R].
-    """
-
-    query_start: torch.Tensor
-    prefix_len: torch.Tensor
-    num_drafts: torch.Tensor
-    max_len: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Groups:
-    """The mask rows of a step: G groups, M mask rows in group order.
+    """The mask rows that follow from a step's shape: R requests, N real rows, G groups, M mask rows in group order.
 
     Attributes:
+        num_real: N.
         request: request of each group, [G].
         row: real row that the group follows, [G].
-        prefix_len: L, tokens of the prefix that ends in that row, [G].
-        length: mask tokens of the group, at positions L .. L + length - 1, [G].
+        ahead: the group's prefix length less its request's, 0 or below, [G]: drafts of the step that the group takes as rejected.
+        length: mask tokens of each group, [G].
         start: first mask row of each group, counted from 0, and M at the end, [G + 1].
         group_of_row: group of each mask row, [M].
         mask_index: which mask token stands in each mask row, 0 .. k - 1, [M].
-        after: group to draft from when request i accepted j drafts, [R, 1 + k]; -1 where there is none.
+        source_rows: rows of the step (real ones, then mask rows) whose K/V each group's own copy of the sequence end needs, [S].
+        written_group: group of each of them, [S].
+        written_ahead: its position less the group's prefix length, [S].
+        after: group to draft from when request i accepted j drafts, -1 where there is none; after[i][j].
+        starts, lengths: `start` and `length` as lists.
     """
 
+    num_real: int
     request: torch.Tensor
     row: torch.Tensor
-    prefix_len: torch.Tensor
+    ahead: torch.Tensor
     length: torch.Tensor
     start: torch.Tensor
     group_of_row: torch.Tensor
     mask_index: torch.Tensor
-    after: torch.Tensor
+    source_rows: torch.Tensor
+    written_group: torch.Tensor
+    written_ahead: torch.Tensor
+    after: list[list[int]]
+    starts: list[int]
+    lengths: list[int]
 
     @property
     def num_groups(self) -> int:
         """G."""
-        return self.request.shape[0]
+        return len(self.lengths)
 
     @property
     def num_rows(self) -> int:
         """M."""
-        return self.group_of_row.shape[0]
+        return self.starts[-1]
 
-    @property
-    def positions(self) -> torch.Tensor:
-        """Position of each mask row in its request, [M]."""
-        return self.prefix_len[self.group_of_row] + self.mask_index
+    def prefix_len(self, request_len: torch.Tensor) -> torch.Tensor:
+        """L of each group, [G]: tokens of the prefix that ends in the row it follows.
+
+        Args:
+            request_len: tokens of each request once all its rows count, [R].
+        """
+        return request_len[self.request] + self.ahead
+
+    def positions(self, prefix_len: torch.Tensor, max_model_len: int) -> torch.Tensor:
+        """Position of each mask row, [M]: L .. L + length - 1, clamped because rotary tables end at the model's length.
+
+        A clamped row gives a draft that no request can use; drafts are cut where they are handed out.
+        """
+        return (prefix_len[self.group_of_row] + self.mask_index).clamp(max=max_model_len - 1)
 
 
-def plan_groups(batch: Batch, lengths: torch.Tensor, max_rows: int) -> Groups | None:
-    """The groups of a step, or None when no request can use a draft.
+@lru_cache(maxsize=512)
+def plan_groups(
+    num_rows: tuple[int, ...], num_drafts: tuple[int, ...], lengths: tuple[int, ...], max_rows: int, max_tail: int, device: torch.device
+) -> Groups | None:
+    """The groups of a step's shape, or None when there is none.
 
-    A group is shortened to the drafts that its request can still use: the token sampled at its row takes index L, so draft i takes L + i,
-    which must lie below `max_len`. A request that verifies fewer than k drafts always gets a full group behind its last row.
+    A request that verifies fewer than k drafts always gets a longest group behind its last row, so that a linear layout starts anew.
 
     Args:
-        batch: the real rows.
-        lengths: group lengths by drafts accepted, [1 + k] (`group_lengths`).
+        num_rows: real rows of each request, in batch order.
+        num_drafts: how many of them are drafts to verify; -1 for a request that cannot use a draft (a prompt chunk that
+            does not end the prompt, a last token).
+        lengths: group lengths by drafts accepted, 1 + k of them (`group_lengths`).
         max_rows: mask rows that the step has room for; groups beyond it are left out, and their requests verify nothing next step.
+        max_tail: the last rows of a request whose K/V a group may need for itself: those that can share a block with its mask tokens.
+        device: of the tensors.
     """
-    k = lengths.shape[0] - 1
-    groups_per_request = batch.num_drafts + 1
-    request = torch.repeat_interleave(groups_per_request)
-    first = torch.cumsum(groups_per_request, 0) - groups_per_request
-    accepted = torch.arange(request.shape[0], device=request.device) - first[request]
-    drafts = batch.num_drafts[request]
-    prefix_len = batch.prefix_len[request] - drafts + accepted
-    row = batch.query_start[1:][request] - 1 - drafts + accepted
-    full = lengths.max()
-    wanted = torch.where((accepted == drafts) & (drafts < k), full, lengths[accepted])
-    length = torch.minimum(wanted, batch.max_len[request] - 1 - prefix_len)
-    kept = (length > 0) & (torch.cumsum(length.clamp(min=0), 0) <= max_rows)
-    if not bool(kept.all()):
-        request, row, prefix_len, length, accepted = (t[kept] for t in (request, row, prefix_len, length, accepted))
-    num_groups = request.shape[0]
-    if num_groups == 0:
+    k = len(lengths) - 1
+    request, row, ahead, length, starts = [], [], [], [], [0]
+    after = [[-1] * (k + 1) for _ in num_rows]
+    source_rows, written_group, written_ahead = [], [], []
+    num_real, first_row = sum(num_rows), 0
+    for i, (rows, drafts) in enumerate(zip(num_rows, num_drafts, strict=True)):
+        for accepted in range(drafts + 1):
+            wanted = max(lengths) if accepted == drafts < k else lengths[accepted]
+            if wanted == 0 or starts[-1] + wanted > max_rows:
+                continue
+            group, last = len(length), first_row + rows - 1 - drafts + accepted
+            after[i][accepted] = group
+            request.append(i)
+            row.append(last)
+            ahead.append(accepted - drafts)
+            length.append(wanted)
+            tail = min(last + 1 - first_row, max_tail)
+            source_rows += [*range(last + 1 - tail, last + 1), *range(num_real + starts[-1], num_real + starts[-1] + wanted)]
+            written_group += [group] * (tail + wanted)
+            written_ahead += range(-tail, wanted)
+            starts.append(starts[-1] + wanted)
+        first_row += rows
+    if not length:
         return None
-    start = torch.zeros(num_groups + 1, dtype=length.dtype, device=length.device)
-    torch.cumsum(length, 0, out=start[1:])
-    group_of_row = torch.repeat_interleave(length)
-    after = torch.full((batch.num_drafts.shape[0], k + 1), -1, dtype=request.dtype, device=request.device)
-    after[request, accepted] = torch.arange(num_groups, device=request.device)
+
+    def tensor(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
     return Groups(
-        request=request,
-        row=row,
-        prefix_len=prefix_len,
-        length=length,
-        start=start,
-        group_of_row=group_of_row,
-        mask_index=torch.arange(group_of_row.shape[0], device=start.device) - start[group_of_row],
+        num_real=num_real,
+        request=tensor(request),
+        row=tensor(row),
+        ahead=tensor(ahead),
+        length=tensor(length),
+        start=tensor(starts),
+        group_of_row=tensor([group for group, wanted in enumerate(length) for _ in range(wanted)]),
+        mask_index=tensor([m for wanted in length for m in range(wanted)]),
+        source_rows=tensor(source_rows),
+        written_group=tensor(written_group),
+        written_ahead=tensor(written_ahead),
         after=after,
+        starts=starts,
+        lengths=length,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_mtp.layout import Batch, Groups
+from vllm_mtp.layout import Groups
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class Fork:
         block_table: blocks of each fork, [G, W].
         query_start: first mask row of each fork and M at the end, [G + 1], int32.
         seq_lens: prefix and group, [G], int32.
-        copy_from, copy_to: partly filled blocks whose tokens were computed in earlier steps, and the scratch blocks that take them.
+        copy_from: the block of each prefix's end, whose tokens of earlier steps the fork shares, [G].
+        copy_to: the scratch block that takes a copy of it, [G].
         source_rows: rows of the step (real rows, then mask rows) whose K/V enter the scratch blocks, [S].
-        slots: where they go, [S], int64.
+        slots: where they go, [S]; -1 for rows that lie in a full block, which the fork reads where it is.
     """
 
     block_table: torch.Tensor
@@ -41,47 +42,36 @@ def blocks_per_fork(k: int, block_size: int) -> int:
     return -(-(block_size - 1 + k) // block_size)
 
 
-def plan_forks(batch: Batch, groups: Groups, block_table: torch.Tensor, block_size: int, scratch: int, k: int) -> Fork:
-    """Block tables, copies and slots of a step's forks.
+def plan_forks(groups: Groups, prefix_len: torch.Tensor, block_table: torch.Tensor, block_size: int, scratch: int, k: int) -> Fork:
+    """Block tables, copies and slots of a step's forks; every shape follows from the step's shape, nothing is read back.
 
     Args:
-        batch: the real rows.
         groups: the mask rows.
+        prefix_len: L of each group, [G].
         block_table: blocks of each request, [R, W].
         block_size: tokens a block.
         scratch: id of the first scratch block.
         k: most mask tokens a group has.
     """
-    per_fork, device = blocks_per_fork(k, block_size), block_table.device
-    num_real = batch.query_start[-1]
-    full = groups.prefix_len // block_size
-    first = scratch + per_fork * torch.arange(groups.num_groups, device=device)
+    per_fork, device, dtype = blocks_per_fork(k, block_size), block_table.device, block_table.dtype
+    own = torch.arange(groups.num_groups * per_fork, device=device, dtype=dtype).view(-1, per_fork) + scratch
+    full = prefix_len // block_size
     rows = block_table[groups.request]
-    table = torch.cat([rows, rows.new_zeros(groups.num_groups, per_fork)], 1)
-    own = torch.arange(per_fork, device=device)
-    table.scatter_(1, full[:, None] + own, (first[:, None] + own).to(table.dtype))
-
-    # Tokens of the partly filled block: those of earlier steps are copied with their block, those of this step are written beside the mask rows.
-    query_len = batch.query_start[1:] - batch.query_start[:-1]
-    computed = (batch.prefix_len - query_len)[groups.request]
-    begin = torch.maximum(full * block_size, computed)
-    num_new = groups.prefix_len - begin
-    has_old = begin > full * block_size
-    num_written = num_new + groups.length
-    owner = torch.repeat_interleave(num_written)
-    offset = torch.arange(owner.shape[0], device=device) - (torch.cumsum(num_written, 0) - num_written)[owner]
-    from_real = groups.row + 1 - num_new
-    from_mask = num_real + groups.start[:-1] - num_new
-    source = torch.where(offset < num_new[owner], from_real[owner], from_mask[owner]) + offset
-    in_fork = begin - full * block_size
+    column = full[:, None]
+    table = torch.cat([rows, own], 1)  # any values in the new columns: what a fork does not reach is not read
+    table.scatter_(1, column + torch.arange(per_fork, device=device), own)
+    first = own[:, 0].long()
+    offset = groups.written_ahead + (prefix_len - full * block_size)[groups.written_group]
+    slots = torch.where(offset < 0, -1, offset + (first * block_size)[groups.written_group])
     return Fork(
         block_table=table,
         query_start=groups.start.to(torch.int32),
-        seq_lens=(groups.prefix_len + groups.length).to(torch.int32),
-        copy_from=rows.gather(1, full[:, None])[:, 0][has_old].long(),
-        copy_to=first[has_old],
-        source_rows=source,
-        slots=first[owner] * block_size + in_fork[owner] + offset,
+        seq_lens=(prefix_len + groups.length).to(torch.int32),
+        # A prefix that ends with its block has no shared rest; whatever is copied then is written over or not read.
+        copy_from=rows.gather(1, column.clamp(max=rows.shape[1] - 1))[:, 0].long(),
+        copy_to=first,
+        source_rows=groups.source_rows,
+        slots=slots,
     )
 
 
@@ -117,8 +107,7 @@ class ForkedSequences:
     def begin(self, fork: Fork, num_real: int) -> None:
         """Prepares a step: copies the partly filled blocks of all layers and builds the forks' attention metadata."""
         assert self.kv_caches is not None
-        if fork.copy_to.shape[0]:
-            self.kv_caches.index_copy_(1, fork.copy_to, self.kv_caches.index_select(1, fork.copy_from))
+        self.kv_caches.index_copy_(1, fork.copy_to, self.kv_caches.index_select(1, fork.copy_from))
         self.fork, self.num_real, self.metadata = fork, num_real, self.build_metadata(fork)
 
     def end(self) -> None:

@@ -26,6 +26,15 @@ class SamplerHead(nn.Module):
             previous: embedding E(y_prev) of the token before the one to draft, shape [..., d].
             z: hidden state of the mask row, after the base's final norm, shape [..., d].
         """
-        h = self.norm_1(F.silu(self.linear_1(torch.cat([previous, z], -1))))
+        return self.step(previous, self.project(z), z)
+
+    def project(self, z: torch.Tensor) -> torch.Tensor:
+        """The part of the first linear that needs mask states only, [..., d]; drafting computes it for all of a group's states at once."""
+        return F.linear(z, self.linear_1.weight[:, z.shape[-1] :], self.linear_1.bias)
+
+    def step(self, previous: torch.Tensor, projected: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """`forward`, given `project(z)`."""
+        first = F.linear(previous, self.linear_1.weight[:, : previous.shape[-1]])
+        h = self.norm_1(F.silu(first + projected))
         h = self.norm_2(F.silu(self.linear_2(h)))
         return z + h if self.residual else h

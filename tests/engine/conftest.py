@@ -38,8 +38,8 @@ class Engine:
         """Our proposer."""
         return self.runner.drafter
 
-    def greedy(self, prompts: list[str], max_tokens: int, *, at_once: int | None = None, **sampling: Any) -> list[list[int]]:
-        """Greedy tokens of each prompt; `at_once` = 1 runs them one after the other."""
+    def greedy(self, prompts: list[Any], max_tokens: int, *, at_once: int | None = None, **sampling: Any) -> list[list[int]]:
+        """Greedy tokens of each prompt (text, or a dictionary with `prompt_token_ids`); `at_once` = 1 runs them one after the other."""
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, **sampling)
         batches = [prompts] if at_once is None else [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]
         outputs = [output for batch in batches for output in self.llm.generate(batch, params, use_tqdm=False)]

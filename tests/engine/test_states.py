@@ -24,7 +24,8 @@ def record_groups(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple
             return out
         groups, hidden, batch = expansion.last.groups, expansion.last.hidden, runner.input_batch
         for g in range(groups.num_groups):
-            request, row, length = int(groups.request[g]), int(groups.row[g]), int(groups.prefix_len[g])
+            request, row = int(groups.request[g]), int(groups.row[g])
+            length = int(positions[row]) + 1
             known = int(batch.num_tokens_no_spec[request])
             ids = batch.token_ids_cpu[request, : min(known, length)].tolist()
             ids += input_ids[row + 1 - (length - len(ids)) : row + 1].tolist()  # drafts are rows of this step only
@@ -43,8 +44,9 @@ def test_mask_states_equal_the_reference(
     reference = ReferenceModel.from_folder(demo.BASE, demo.ADAPTER)
     engine = engines(speculative(demo.ADAPTER, k, layout), block_size=block_size)
     seen = record_groups(engine, monkeypatch)
-    # 16 requests of different lengths in one step; one of them long, so that blocks of 128 fill up and start anew.
-    batch = [prompt[: 40 + 23 * i] for i, prompt in enumerate(prompts[:15])] + ["\n".join(prompts[:4])[:900]]
+    # 16 requests of different lengths in one step, one of them about to fill its first block of 128.
+    text = engine.encode("\n".join(prompts[:6]))
+    batch: list[Any] = [{"prompt_token_ids": text[i : i + 20 + 13 * i]} for i in range(15)] + [{"prompt_token_ids": text[:119]}]
     engine.greedy(batch, 16)
     lengths = {len(ids) for ids, _ in seen}
     assert len(lengths) > 60

@@ -4,6 +4,7 @@ import copy
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -12,9 +13,10 @@ from vllm.platforms import current_platform
 from vllm_mtp import compat, gated_lora, load
 from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
 from vllm_mtp.config import ServingOptions
-from vllm_mtp.drafter import Drafter
+from vllm_mtp.cpu_linear import PackedSampler
+from vllm_mtp.drafter import Drafter, Sampler
 from vllm_mtp.expansion import EngineStep, Expansion
-from vllm_mtp.layout import Batch, group_lengths
+from vllm_mtp.layout import group_lengths
 from vllm_mtp.mask_attention import Fork, ForkedSequences, blocks_per_fork
 
 logger = init_logger("vllm.mtp")
@@ -70,23 +72,23 @@ class MaskTokenProposer:
             rows=rows,
             linears=linears,
             max_rows=self.config.scheduler_config.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
             next_step=self._next_step,
         )
         self.drafter = self._drafter(target, adapter, dtype, device)
-        self.layouts = {lengths: torch.tensor(lengths, device=device) for lengths in load.layouts_by_richness(self.k)}
-        if self.options.layout != "auto":
-            fixed = group_lengths(self.options.layout, self.k)
-            self.fixed_lengths: torch.Tensor | None = torch.tensor(fixed, device=device)
-        else:
-            self.fixed_lengths = None
+        layout = self.options.layout
+        self.fixed_lengths = None if layout == "auto" else group_lengths(layout, self.k)
         self.runner: Any = None
 
     def _drafter(self, target: Any, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Drafter:
         vocab_size = self.config.model_config.get_vocab_size()
-        head = getattr(target, "lm_head", None)
-        weight = getattr(head, "weight", None)
-        readable = weight is not None and weight.ndim == 2 and weight.shape[0] >= vocab_size and getattr(head, "bias", None) is None
-        sampler = adapter.sampler.to(device, dtype) if adapter.sampler is not None else None
+        lm_head = getattr(target, "lm_head", None)
+        weight = getattr(lm_head, "weight", None)
+        readable = weight is not None and weight.ndim == 2 and weight.shape[0] >= vocab_size and getattr(lm_head, "bias", None) is None
+        sampler: Sampler | None = adapter.sampler
+        if adapter.sampler is not None:
+            head = adapter.sampler.to(device, dtype)
+            sampler = PackedSampler(head) if current_platform.is_cpu() else head
         return Drafter(target.compute_logits, target.embed_input_ids, weight if readable else None, sampler, self.options.candidates, vocab_size)
 
     @property
@@ -140,17 +142,15 @@ class MaskTokenProposer:
             self.options.adapter,
             self.k,
             self.options.layout,
-            self.k * (self.k + 1) if self.options.layout in ("quadratic", "auto") else int(self._lengths(1).sum()),
+            self.k * (self.k + 1) if self.options.layout in ("quadratic", "auto") else sum(self._lengths(1)),
             self.num_scratch_blocks,
             scratch_bytes / 2**20,
         )
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def _lengths(self, num_requests: int) -> torch.Tensor:
-        if self.fixed_lengths is not None:
-            return self.fixed_lengths
-        return self.layouts[load.choose(num_requests, self.k, self.options.auto_rows)]
+    def _lengths(self, num_requests: int) -> tuple[int, ...]:
+        return self.fixed_lengths or load.choose(num_requests, self.k, self.options.auto_rows)
 
     def _next_step(self, num_rows: int) -> EngineStep | None:
         """The step whose forward is about to run, from the runner's batch (v1/worker/gpu_input_batch.py)."""
@@ -161,19 +161,18 @@ class MaskTokenProposer:
         batch = self.runner.input_batch
         num_requests = batch.num_reqs
         lengths = self._lengths(num_requests)
-        if self.fixed_lengths is None and int(lengths[-1]) == 0:
+        if not any(lengths):
             return None
-        query_start = torch.from_numpy(self.runner.query_start_loc.np[: num_requests + 1]).long()
-        computed = torch.from_numpy(batch.num_computed_tokens_cpu[:num_requests])
-        known = torch.from_numpy(batch.num_tokens_no_spec[:num_requests]).long()
-        prefix_len = computed + query_start[1:] - query_start[:-1]
-        limits = [self._max_len(request) for request in batch.req_ids]
-        device = batch.block_table[0].get_device_tensor(num_requests).device
+        rows = np.diff(self.runner.query_start_loc.np[: num_requests + 1])
+        request_len = batch.num_computed_tokens_cpu[:num_requests] + rows
+        known = batch.num_tokens_no_spec[:num_requests]
         # A row past the known tokens is a draft; a chunk that stops short of them ends nothing, however many rows it has.
-        plan = Batch(query_start, prefix_len, (prefix_len - known).clamp(min=-1), torch.tensor(limits))
-        if device.type != "cpu":
-            plan = Batch(*(t.to(device) for t in (plan.query_start, plan.prefix_len, plan.num_drafts, plan.max_len)))
-        return EngineStep(plan, batch.block_table[0].get_device_tensor(num_requests), lengths)
+        drafts = np.maximum(request_len - known, -1)
+        self.max_lens = [self._max_len(request) for request in batch.req_ids]
+        drafts[known + 1 >= self.max_lens] = -1  # the token sampled next is the last one
+        table = batch.block_table[0].get_device_tensor(num_requests)
+        lens = torch.from_numpy(request_len.astype(np.int64)).to(table.device)
+        return EngineStep(tuple(rows.tolist()), tuple(drafts.tolist()), lens, table, lengths)
 
     def _max_len(self, request: str) -> int:
         """Tokens at which `request` stops at the latest."""
@@ -215,21 +214,23 @@ class MaskTokenProposer:
         if states is None:
             return drafts
         groups, hidden = states.groups, states.hidden
-        after = groups.after.tolist()
-        chosen = [(i, after[i][len(tokens) - 1], tokens[-1]) for i, tokens in enumerate(sampled_token_ids) if tokens]
-        chosen = [(i, group, token) for i, group, token in chosen if group >= 0]
+        chosen = []  # (request, group, drafts it can use)
+        for i, tokens in enumerate(sampled_token_ids):
+            group = groups.after[i][len(tokens) - 1] if tokens else -1
+            usable = min(groups.lengths[group], self.max_lens[i] - int(num_tokens_no_spec[i])) if group >= 0 else 0
+            if usable > 0:
+                chosen.append((i, group, usable))
         if not chosen:
             return drafts
-        requests, group_ids, tokens = zip(*chosen, strict=True)
-        picked = torch.tensor(group_ids, device=hidden.device)
-        lengths = groups.length[picked]
-        longest = int(lengths.max())
-        rows = (groups.start[picked][:, None] + torch.arange(longest, device=hidden.device)).clamp(max=groups.num_rows - 1)
+        longest = max(usable for _, _, usable in chosen)
+        last = groups.num_rows - 1
+        rows = torch.tensor([[min(groups.starts[group] + m, last) for m in range(longest)] for _, group, _ in chosen], device=hidden.device)
+        sampled = torch.tensor([sampled_token_ids[i][-1] for i, _, _ in chosen], device=hidden.device)
         drafting = time.perf_counter()
-        ids = self.drafter(hidden[rows], torch.tensor(tokens, device=hidden.device)).tolist()
+        ids = self.drafter(hidden[rows], sampled).tolist()
         drafted = time.perf_counter()
-        for request, row, length in zip(requests, ids, lengths.tolist(), strict=True):
-            drafts[request] = row[:length]
+        for (i, _, usable), row in zip(chosen, ids, strict=True):
+            drafts[i] = row[:usable]
         counters = self.expansion.counters
         counters.drafter_time += drafted - drafting
         counters.draft_time += drafting - begin + time.perf_counter() - drafted
