@@ -68,6 +68,18 @@ def test_real_rows_are_bit_identical_to_the_base_and_mask_rows_are_not() -> None
     assert (z - without).abs().max() > 0.01
 
 
+def test_dropout_of_the_base_is_off_in_training() -> None:
+    base = tiny_base()
+    base.config.attention_dropout = 0.5
+    for layer in base.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model = tiny_masked_model(tiny_config(), base).train()
+    inputs = batch([20, 20])
+    assert model(**inputs)["loss"].item() == model(**inputs)["loss"].item()
+    wanted, _ = tiny_masked_model(tiny_config(), tiny_base()).states(inputs["input_ids"], inputs["prefix_lengths"])
+    assert torch.equal(model.states(inputs["input_ids"], inputs["prefix_lengths"])[0], wanted)
+
+
 def test_a_group_does_not_see_tokens_behind_its_prefix_or_other_groups() -> None:
     model = tiny_masked_model(tiny_config(), tiny_base())
     inputs = batch([20, 20])

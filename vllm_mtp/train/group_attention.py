@@ -18,7 +18,6 @@ def group_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float,
-    dropout: float = 0.0,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention output [B, G K, H, D], for transformers' attention interface.
@@ -28,10 +27,7 @@ def group_attention(
         key, value: those of T real rows, then of the mask rows, shape [B, Hkv, T + G K, D].
         attention_mask: 0 where group g may see real row t and a large negative number elsewhere, shape [B, 1, G, T].
         scaling: factor on the scores.
-        dropout: must be 0.
     """
-    if dropout:
-        raise ValueError(f"attention dropout is {dropout}; mask rows are trained against a deterministic base, set it to 0")
     B, H, N, D = query.shape
     Hkv, (G, T) = key.shape[1], attention_mask.shape[2:]
     K, R = N // G, H // Hkv

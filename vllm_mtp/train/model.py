@@ -52,6 +52,10 @@ class MaskedModel(nn.Module):
         self.mask_embeddings = nn.Parameter(masks, requires_grad=config.train_mask_embeddings)
         self.sampler = SamplerHead(width, config.sampler_residual).to(base.device) if config.sampler else None
 
+    def train(self, mode: bool = True) -> "MaskedModel":
+        """Stays in evaluation mode: mask rows learn from a base without dropout, as it is served."""
+        return super().train(False)
+
     def trainable(self) -> dict[str, torch.Tensor]:
         """Name -> tensor of everything that training owns, frozen mask embeddings included."""
         own = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}

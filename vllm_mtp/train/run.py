@@ -47,7 +47,8 @@ def train(config: TrainConfig) -> Path:
         raise DataError(f"length={config.length} is beyond the base's sliding window of {window} tokens: ask for a smaller length.")
     model, end = MaskedModel(base, config), tokenizer.eos_token_id
     stream = token_stream(tokenizer, read_documents(config.data), config.seed)
-    data = Sequences(stream, _on_policy(model, stream, end), config)
+    data = Sequences(stream, None, config)  # finds too little data before the base generates for minutes
+    data.on_policy = _on_policy(model, stream, end)
     callbacks = []
     if config.eval_data:
         texts = read_documents(config.eval_data)[: config.eval_prompts]
