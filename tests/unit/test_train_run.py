@@ -147,6 +147,7 @@ def test_documents_are_read_from_lines_files_and_folders(tmp_path: Path) -> None
         (["--base", "missing"], "is not a model folder"),
         (["--mask-tokens", "0"], "--mask-tokens Input should be greater than or equal to 1"),
         (["--length", "9"], "leaves no row"),
+        (["--position-decay", "2"], "--loss.position-decay Input should be less than or equal to 1"),
         (["--data", "missing.txt"], "missing.txt does not exist"),
         (["--length", "100000"], "not one sequence of 100000"),
     ],

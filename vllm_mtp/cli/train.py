@@ -38,6 +38,10 @@ def train(
     targets: Annotated[
         str, typer.Option(help="Mask rows learn the base's distribution, its argmax, or the text.")
     ] = "distribution",
+    plain_head: Annotated[float, typer.Option(help="Weight of the plain head's loss.")] = 1.0,
+    sampler_head: Annotated[float, typer.Option(help="Weight of the sampler head's loss.")] = 1.0,
+    consistency: Annotated[float, typer.Option(help="Weight of (real - mask)^2 between states.")] = 1.0,
+    position_decay: Annotated[float, typer.Option(help="Mask token i counts this to the power of i - 1.")] = 1.0,
     on_policy: Annotated[float, typer.Option(help="Share of sequences that the base continued itself.")] = 0.5,
     on_policy_sequences: Annotated[int, typer.Option(help="How many such sequences to generate first.")] = 4096,
     sampler: Annotated[bool, typer.Option(help="Train a sampler head.")] = True,
@@ -48,6 +52,7 @@ def train(
 ) -> None:
     """Train mask tokens, gated LoRA and the sampler head on a frozen base model, and write the adapter."""
     options = dict(locals())
+    options["loss"] = {name: options.pop(name) for name in ("plain_head", "sampler_head", "consistency", "position_decay")}
     options |= {"data": tuple(data), "eval_data": tuple(options.pop("prompts") or ())}
 
     from pydantic import ValidationError
