@@ -5,7 +5,7 @@ import torch
 
 from tests.unit.tiny_models import as_adapter, tiny_base, tiny_config, tiny_masked_model
 from vllm_mtp.reference import ReferenceModel
-from vllm_mtp.train.evaluate import draft_table, emitted, loops
+from vllm_mtp.train.evaluate import draft_table, emitted, loops, novel_length
 from vllm_mtp.train.model import MaskedModel
 
 VOCABULARY = 6  # few tokens, so that random drafts are accepted now and then
@@ -85,3 +85,9 @@ def test_loops_are_eight_tokens_three_times() -> None:
     assert loops([1, 2, 3, 4, 5, 6, 7, 8] * 3)
     assert not loops([1, 2, 3, 4, 5, 6, 7, 8] * 2)
     assert not loops(list(range(40)))
+
+
+def test_text_is_novel_until_eight_tokens_occur_again() -> None:
+    assert novel_length(list(range(20))) == 20
+    assert novel_length([9, *range(10), *range(10)]) == 1 + 10 + 7  # the eighth token of the second pass completes a known 8-gram
+    assert novel_length([5] * 30) == 8

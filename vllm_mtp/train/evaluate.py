@@ -35,6 +35,17 @@ def loops(text: list[int], n: int = 8, times: int = 3) -> bool:
     return max(Counter(tuple(text[i : i + n]) for i in range(len(text) - n + 1)).values(), default=0) >= times
 
 
+def novel_length(text: list[int], n: int = 8) -> int:
+    """Tokens before the one that completes an n-gram for the second time: where text begins to repeat itself."""
+    seen = set()
+    for i in range(len(text) - n + 1):
+        gram = tuple(text[i : i + n])
+        if gram in seen:
+            return i + n - 1
+        seen.add(gram)
+    return len(text)
+
+
 @torch.no_grad()
 def draft_table(model: MaskedModel, text: torch.Tensor, prompt_length: int, with_sampler: bool) -> list[list[int]]:
     """Drafts [rows, K] of the groups behind every row from the prompt's last to the text's last but one, as `emitted` takes them.
@@ -53,7 +64,9 @@ def draft_table(model: MaskedModel, text: torch.Tensor, prompt_length: int, with
 
 
 def tokens_per_forward(model: MaskedModel, texts: list[torch.Tensor], prompt_lengths: list[int]) -> dict[str, float]:
-    """Mean tokens per forward after the prompt's, by layout, head and k; `.free` leaves out texts that loop.
+    """Mean tokens per forward after the prompt's, by layout, head and k.
+
+    `.novel` counts each text only up to where it begins to repeat itself, `.free` only texts that do not loop.
 
     Args:
         model: the model in training.
@@ -67,15 +80,16 @@ def tokens_per_forward(model: MaskedModel, texts: list[torch.Tensor], prompt_len
     looping = 0
     for ids, prompt_length in zip(texts, prompt_lengths, strict=True):
         text = ids.tolist()
-        repeats = loops(text[prompt_length:])
+        repeats, cut = loops(text[prompt_length:]), prompt_length + novel_length(text[prompt_length:])
         looping += repeats
         for head in ("sampler", "plain") if model.sampler is not None else ("plain",):
             drafts = draft_table(model, ids.to(model.mask_embeddings.device), prompt_length, head == "sampler")
             for layout in ("quadratic", "linear"):
                 for k in budgets:
                     counts = emitted(drafts, text, prompt_length, k, layout)[1:]
-                    for name in [f"{layout}.{head}.{k}"] + ([] if repeats else [f"{layout}.{head}.free.{k}"]):
-                        tokens[name] += sum(counts)
-                        forwards[name] += len(counts)
+                    novel = emitted(drafts, text[:cut], prompt_length, k, layout)[1:]
+                    for kind, some in (("", counts), (".novel", novel), (".free", [] if repeats else counts)):
+                        tokens[f"{layout}.{head}{kind}.{k}"] += sum(some)
+                        forwards[f"{layout}.{head}{kind}.{k}"] += len(some)
     means = {name: round(tokens[name] / forwards[name], 3) for name in tokens if forwards[name]}
     return means | {"looping": looping, "texts": len(texts)}
