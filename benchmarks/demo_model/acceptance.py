@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo_model.acceptance --base vllm_mtp/demo/base --adapter vllm_mtp/demo/adapter
 
-Counts forwards from the drafts behind every row of the base's plain greedy text, in float32; no engine. `novel` counts each output up
+Counts forwards from the drafts behind every row of the plain greedy text, in float32; no engine. `novel` counts each output up
 to where an 8-gram occurs for the second time, `free` only outputs in which none occurs three times.
 """
 

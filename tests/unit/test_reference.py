@@ -89,5 +89,5 @@ def test_loops_are_eight_tokens_three_times() -> None:
 
 def test_text_is_novel_until_eight_tokens_occur_again() -> None:
     assert novel_length(list(range(20))) == 20
-    assert novel_length([9, *range(10), *range(10)]) == 1 + 10 + 7  # the eighth token of the second pass completes a known 8-gram
+    assert novel_length([99, *range(10), *range(10)]) == 1 + 10 + 7  # the eighth token of the second pass completes a known 8-gram
     assert novel_length([5] * 30) == 8
