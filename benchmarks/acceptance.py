@@ -7,7 +7,8 @@ adds to every request. The forward that ends the prompt is counted; it gives one
 at the end of the text or at --max-tokens, and tokens past that end are not counted. The JSON also has the same without that first
 forward, which is what vLLM's own counters call the acceptance length: 1 + accepted drafts / verifications.
 
-An output **loops** when some 8 tokens in a row occur three times in it. Small models loop when greedy, and loops are easy to draft.
+An output **loops** when some 8 tokens in a row occur three times in it, and is **novel** up to where 8 tokens in a row occur
+for the second time. Small models loop when greedy, and loops are easy to draft.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import itertools
 import json
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,19 @@ from vllm_mtp import demo
 from vllm_mtp.adapter import read_adapter, write_adapter
 from vllm_mtp.cli.engine import EngineProcess, Output, tokens_per_forward
 from vllm_mtp.cli.measure import machine
+from vllm_mtp.train.evaluate import loops, novel_length
 
-LOOP_LENGTH, LOOP_TIMES = 8, 3
+PARTS = ("all", "novel", "looping", "not_looping")
 CONCURRENCY = 16
 
 
-def loops(tokens: Sequence[int]) -> bool:
-    """Whether `LOOP_LENGTH` tokens in a row occur at least `LOOP_TIMES` times."""
-    grams = Counter(tuple(tokens[i : i + LOOP_LENGTH]) for i in range(len(tokens) - LOOP_LENGTH + 1))
-    return max(grams.values(), default=0) >= LOOP_TIMES
+def novel(output: Output) -> Output:
+    """`output` up to where it begins to repeat itself, as if it had been stopped there."""
+    length = novel_length(output.tokens)
+    steps: list[int] = []
+    while sum(steps) < length:
+        steps.append(min(output.steps[len(steps)], length - sum(steps)))
+    return Output(output.tokens[:length], steps, output.pieces[: len(steps)])
 
 
 def acceptance_length(outputs: Sequence[Output]) -> float | None:
@@ -42,9 +46,10 @@ def acceptance_length(outputs: Sequence[Output]) -> float | None:
 
 
 def figures(outputs: Sequence[Output]) -> dict[str, Any]:
-    """Tokens per forward of all outputs, of those that loop and of those that do not."""
+    """Tokens per forward of all outputs, of their novel beginnings, of those that loop and of those that do not."""
     parts = {
         "all": list(outputs),
+        "novel": [novel(output) for output in outputs],
         "looping": [output for output in outputs if loops(output.tokens)],
         "not_looping": [output for output in outputs if not loops(output.tokens)],
     }
@@ -93,7 +98,7 @@ def measure(options: argparse.Namespace, adapter: Path, k: int, layout: str, log
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The README's table, in Markdown."""
     first = rows[0]["figures"]
-    columns = [(temperature, part) for temperature in first for part in ("all", "looping", "not_looping")]
+    columns = [(temperature, part) for temperature in first for part in PARTS]
     titles = [f"{temperature}, {part.replace('_', ' ')}" for temperature, part in columns]
     lines = ["| k | layout | sampler head | " + " | ".join(titles) + " |", "|---" * (3 + len(columns)) + "|"]
     for row in rows:

@@ -51,7 +51,8 @@ def acceptance_section(report: dict[str, Any]) -> str:
     return (
         f"Tokens a forward, counted by `python -m benchmarks.acceptance` over {report['num_prompts']} held-out prompts, at most "
         f"{report['max_tokens']} tokens each (in brackets: outputs). An output loops when some 8 tokens in a row occur three times "
-        "in it; small models loop when greedy, and loops are easy to draft.\n\n" + table(report["rows"])
+        "in it, and is novel up to where 8 tokens in a row occur for the second time; small models loop when greedy, and loops are "
+        "easy to draft.\n\n" + table(report["rows"])
     )
 
 

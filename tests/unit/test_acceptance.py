@@ -1,19 +1,17 @@
-"""The acceptance benchmark's own counting: what loops, what a forward gave, and the adapter without its sampler head."""
+"""The acceptance benchmark's own counting: what is novel, what a forward gave, and the adapter without its sampler head."""
 
 from pathlib import Path
 
-from benchmarks.acceptance import acceptance_length, figures, loops, table, without_sampler
+from benchmarks.acceptance import acceptance_length, figures, novel, table, without_sampler
 from vllm_mtp.adapter import read_adapter
 from vllm_mtp.cli.engine import Output
 
 
-def test_a_loop_is_eight_tokens_three_times() -> None:
-    eight = list(range(8))
-    assert loops(eight * 3)
-    assert loops([*eight, 90, *eight, 91, *eight])
-    assert not loops(eight * 2)
-    assert not loops(list(range(7)) * 2)
-    assert not loops([])
+def test_a_novel_beginning_is_cut_inside_the_forward_that_ends_it() -> None:
+    output = Output([*range(9), *range(9)], [1, 5, 5, 5, 2], list("abcde"))
+    assert novel(output) == Output([*range(9), *range(7)], [1, 5, 5, 5], list("abcd"))
+    assert novel(Output([*range(9), *range(6), 99], [1, 5, 5, 5], list("abcd"))).steps == [1, 5, 5, 5]
+    assert novel(Output([1] * 12, [3, 3, 3, 3], list("abcd"))).steps == [3, 3, 2]
 
 
 def test_the_forward_that_ends_the_prompt_counts_in_tokens_per_forward_alone() -> None:
@@ -25,7 +23,7 @@ def test_the_forward_that_ends_the_prompt_counts_in_tokens_per_forward_alone() -
     assert found["not_looping"]["tokens_per_forward"] == 7 / 3
     assert acceptance_length([Output([1], [1], [""])]) is None
     row = {"k": 4, "layout": "linear", "sampler": True, "figures": {"temperature 0": found}}
-    assert table([row]).splitlines()[-1] == "| 4 | linear | yes | 3.17 (2) | 4.00 (1) | 2.33 (1) |"
+    assert table([row]).splitlines()[-1] == "| 4 | linear | yes | 3.17 (2) | 2.50 (2) | 4.00 (1) | 2.33 (1) |"
 
 
 def test_without_sampler_leaves_the_rest_of_the_adapter_as_it_is(adapter_folder: Path, tmp_path: Path) -> None:
