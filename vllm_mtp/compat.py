@@ -5,6 +5,7 @@
 | `engine.arg_utils.EngineArgs.create_speculative_config` | at registration | `method` is a closed list and `SpeculativeConfig` refuses unknown keys, so an adapter of ours is turned into `custom_class` before it is built | 0.32 | vLLM offers a registry of speculative methods |
 | `v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache` | selected, in workers | scratch blocks behind the scheduler's, and the runner's batch for the drafter: a custom proposer is given neither | 0.32 | a proposer may reserve blocks and is given its runner |
 | `v1.worker.cpu_worker.CPUWorker.determine_available_memory` | selected, in CPU workers | the memory of the scratch blocks comes off what the scheduler may use | 0.32 | as above |
+| `v1.sample.rejection_sampler.expand_batch_to_tokens` | selected, in CPU workers | the CPU build's `expand_kernel` writes into an int64 copy of its output, so temperature, top-p and top-k reach the rejection sampler uninitialised and sampled output under any speculation has the wrong distribution | 0.32 | the CPU kernel writes its output |
 
 All wrappers are idempotent and hand through whatever is not ours.
 """
@@ -66,6 +67,7 @@ def hook_runner() -> None:
         from vllm.v1.worker.cpu_worker import CPUWorker
 
         _wrap_determine_available_memory(CPUWorker)
+        _replace_expand_batch_to_tokens()
 
 
 def _ours(runner: Any) -> Any:
@@ -105,3 +107,17 @@ def _wrap_determine_available_memory(worker_class: Any) -> None:
 
     determine_available_memory.vllm_mtp_original = original  # type: ignore[attr-defined]
     worker_class.determine_available_memory = determine_available_memory
+
+
+def _replace_expand_batch_to_tokens() -> None:
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    def expand_batch_to_tokens(
+        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
+        """x[i] once for each token of request i, [num_tokens]; `replace_from` becomes `replace_to`."""
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+        return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts.long(), output_size=num_tokens)
+
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

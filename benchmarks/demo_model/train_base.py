@@ -1,6 +1,6 @@
 """Train the demo's base model from nothing: a byte-level BPE tokenizer and a 7 M parameter Llama on the standard library.
 
-    python -m benchmarks.demo_model.train_base --output runs/base --steps 3000
+    python -m benchmarks.demo_model.train_base --output runs/base --steps 1250
 
 Muon for the matrices and AdamW for the rest, bf16 autocast, torch.compile, transformers' Trainer; a killed run resumes
 from its last checkpoint when the same command is given again.
@@ -145,7 +145,7 @@ def xz_bits_per_byte(files: dict[str, str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints; the model goes to OUTPUT/model")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1250)
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 512 tokens a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--save-steps", type=int, default=300)
