@@ -1,11 +1,16 @@
-"""Every name of vLLM that is replaced: what, why, in which versions, and when it can go.
+"""Every name of vLLM (relative to its package) that is replaced: what, when, why, in which versions, and until when.
 
-| name | when | why | vLLM | until |
-|---|---|---|---|---|
-| `engine.arg_utils.EngineArgs.create_speculative_config` | at registration | `method` is a closed list and `SpeculativeConfig` refuses unknown keys, so an adapter of ours is turned into `custom_class` before it is built | 0.32 | vLLM offers a registry of speculative methods |
-| `v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache` | selected, in workers | scratch blocks behind the scheduler's, and the runner's batch for the drafter: a custom proposer is given neither | 0.32 | a proposer may reserve blocks and is given its runner |
-| `v1.worker.cpu_worker.CPUWorker.determine_available_memory` | selected, in CPU workers | the memory of the scratch blocks comes off what the scheduler may use | 0.32 | as above |
-| `v1.sample.rejection_sampler.expand_batch_to_tokens` | selected, in CPU workers | the CPU build's `expand_kernel` writes into an int64 copy of its output, so temperature, top-p and top-k reach the rejection sampler uninitialised and sampled output under any speculation has the wrong distribution | 0.32 | the CPU kernel writes its output |
+`engine.arg_utils.EngineArgs.create_speculative_config` (at registration; 0.32)
+    `method` is a closed list and `SpeculativeConfig` refuses unknown keys, so an adapter of ours is turned into `custom_class`
+    before it is built. Until vLLM has a registry of speculative methods.
+`v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache` (when selected, in workers; 0.32)
+    Scratch blocks behind the scheduler's, and the runner's batch for the drafter: a custom proposer is given neither. Until a
+    proposer may reserve blocks and is given its runner.
+`v1.worker.cpu_worker.CPUWorker.determine_available_memory` (when selected, in CPU workers; 0.32)
+    The memory of the scratch blocks comes off what the scheduler may use. Until the same.
+`v1.sample.rejection_sampler.expand_batch_to_tokens` (when selected, in CPU workers; 0.32)
+    The CPU build's `expand_kernel` writes into an int64 copy of its output, so temperature, top-p and top-k reach the rejection
+    sampler uninitialised, and sampled output under any speculation has the wrong distribution. Until that kernel writes its output.
 
 All wrappers are idempotent and hand through whatever is not ours.
 """
@@ -29,7 +34,7 @@ def check_version() -> None:
 
 
 def recognise_adapters() -> None:
-    """Makes `--speculative-config '{"method": "mtp", "model": "<adapter>", ...}'` select us when the model is an adapter of ours."""
+    """Makes `--speculative-config '{"method": "mtp", "model": "<adapter>", ..}'` select us when that is an adapter of ours."""
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_speculative_config
@@ -47,14 +52,19 @@ def recognise_adapters() -> None:
         options = selection.resolve(asked, self.additional_config or {}, target_model_config, target_parallel_config)
         self.additional_config = {**(self.additional_config or {}), "mtp": options.model_dump(mode="json")}
         given = self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens
-        self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = selection.as_custom_class(options), None, None, None
+        self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = (
+            selection.as_custom_class(options),
+            None,
+            None,
+            None,
+        )
         try:
             return original(self, target_model_config, target_parallel_config)
         finally:
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
 
     create_speculative_config.vllm_mtp_original = original  # type: ignore[attr-defined]
-    EngineArgs.create_speculative_config = create_speculative_config
+    EngineArgs.create_speculative_config = create_speculative_config  # type: ignore[method-assign]
 
 
 def hook_runner() -> None:

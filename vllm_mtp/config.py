@@ -52,7 +52,10 @@ class AdapterConfig(StrictModel):
     """Provenance: the command, its options, versions, steps, final losses and held-out figures. Not read by the server."""
 
 
-Layout = Literal["quadratic", "linear", "auto"] | Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_MASK_TOKENS)], ...], Field(min_length=1)]
+Layout = (
+    Literal["quadratic", "linear", "auto"]
+    | Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_MASK_TOKENS)], ...], Field(min_length=1)]
+)
 """A list gives the length of the group behind row 0, 1, .. of a request; entry j is used when exactly j drafts were accepted."""
 
 
@@ -85,7 +88,9 @@ class ServingOptions(StrictModel):
         k = self.num_speculative_tokens
         if isinstance(self.layout, tuple):
             if len(self.layout) != k + 1:
-                raise ValueError(f"layout has {len(self.layout)} group lengths; num_speculative_tokens={k} needs {k + 1}, one behind every row")
+                raise ValueError(
+                    f"layout has {len(self.layout)} group lengths; num_speculative_tokens={k} needs {k + 1}, one behind every row"
+                )
             if max(self.layout) > k:
                 raise ValueError(f"layout asks for a group of {max(self.layout)} mask tokens; num_speculative_tokens is {k}")
         return self

@@ -1,4 +1,5 @@
-"""From mask states to drafts: the plain head proposes candidates for all states at once, the sampler head chooses among them in turn."""
+"""From mask states to drafts: the plain head proposes candidates for all states at once, the sampler head chooses among them
+in turn."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -18,7 +19,8 @@ class Drafter:
     """Turns the states of one group a request into drafts.
 
     y_0 is the token sampled last; for i = 1 .. k: y_i = argmax over the candidates of W MLP([E(y_{i-1}); z_i])
-    (*Your LLM Knows the Future*, section 3.2). The paper scores the whole vocabulary k times, one after the other; here one batched pass
+    (*Your LLM Knows the Future*, section 3.2). The paper scores the whole vocabulary k times, one after the other; here one
+    batched pass
     of the plain head over all k states gives C candidates a state and the sampler head scores those rows of W only. With C at
     least the vocabulary the two are the same computation and the plain head is not run at all.
 

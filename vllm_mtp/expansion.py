@@ -98,7 +98,10 @@ class Expansion:
         """Hidden states of the N real rows, [N, d]; those of the mask rows are kept in `last`."""
         self.last = None
         # Always through embeddings, with masks and without: a compiled graph is traced for one of the two inputs only.
-        embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed(input_ids)
+        embeds = inputs_embeds
         num_real = embeds.shape[0]
         begin = time.perf_counter()
         groups, mask_positions = self._begin(num_real, positions)

@@ -1,6 +1,7 @@
 """The gated LoRA: linear layers whose low-rank update is active on mask rows only.
 
-Rows before N are real rows, rows from N on are mask rows, so the gate is a split at N: y = W x on real rows and (W + s B A) x on mask rows.
+Rows before N are real rows, rows from N on are mask rows, so the gate is a split at N: y = W x on real rows and (W + s B A)
+x on mask rows.
 """
 
 import copy
@@ -32,7 +33,8 @@ class GatedLinear:
     """One linear layer of the target with its LoRA slices.
 
     Two forms. *merged*, for unquantized layers on CPUs: mask rows go through a second copy of the weights, W + s B A, and real rows
-    through the layer as it is, with the same row count as without mask rows, so that they are the same to the bit. *added*, for everything
+    through the layer as it is, with the same row count as without mask rows, so that they are the same to the bit. *added*,
+    for everything
     else: one base product over all rows, then the low-rank products on the mask rows. A merged copy doubles the weight bytes
     of a step, which is why it is for CPUs only, where three small products cost more than the bytes.
 
@@ -160,12 +162,16 @@ def install(target: torch.nn.Module, lora: dict[str, Any], rows: RowSplit, merge
             if path in lora:
                 shape = (lora[path].b.shape[0], lora[path].a.shape[1])
                 if shape != (size, layer.input_size):
-                    raise ValueError(f"the LoRA of {path} maps {shape[1]} to {shape[0]} features; the base has {layer.input_size} and {size}")
+                    raise ValueError(
+                        f"the LoRA of {path} maps {shape[1]} to {shape[0]} features; the base has {layer.input_size} and {size}"
+                    )
                 slices.append((at, lora[path]))
                 unused.discard(path)
             at += size
         if slices:
             linears.by_name[layer.prefix] = GatedLinear(layer, slices, rows, merge(layer))
     if unused:
-        raise ValueError(f"the adapter has LoRA weights for modules that the served model does not have: {', '.join(sorted(unused)[:3])}")
+        raise ValueError(
+            f"the adapter has LoRA weights for modules that the served model does not have: {', '.join(sorted(unused)[:3])}"
+        )
     return linears

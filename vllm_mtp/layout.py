@@ -1,9 +1,12 @@
 """Groups and rows of a step: which real rows are followed by mask tokens, how many, and at which positions.
 
-A *group* stands for "this row's token is the last one accepted": it has `length` mask tokens that follow the prefix ending in that row.
+A *group* stands for "this row's token is the last one accepted": it has `length` mask tokens that follow the prefix ending
+in that row.
 
-A step has a *shape* (rows and drafts of each request, group lengths) and *prefix lengths*. Everything that follows from the shape alone is
-made once and kept, because decoding repeats a few shapes over and over; what depends on prefix lengths is a handful of tensor operations
+A step has a *shape* (rows and drafts of each request, group lengths) and *prefix lengths*. Everything that follows from the
+shape alone is
+made once and kept, because decoding repeats a few shapes over and over; what depends on prefix lengths is a handful of
+tensor operations
 without host reads. No vLLM import.
 """
 
@@ -17,7 +20,8 @@ def group_lengths(layout: str | tuple[int, ...], k: int) -> tuple[int, ...]:
     """Length of the group behind row j of a decoding request, for j = 0 .. k drafts accepted.
 
     Args:
-        layout: "quadratic" (k behind every row), "linear" (k behind the last row only; *Your LLM Knows the Future*, section 3.3) or the
+        layout: "quadratic" (k behind every row), "linear" (k behind the last row only; *Your LLM Knows the Future*, section
+        3.3) or the
             lengths themselves, 1 + k of them.
         k: number of drafts a request verifies a step.
     """
@@ -25,7 +29,8 @@ def group_lengths(layout: str | tuple[int, ...], k: int) -> tuple[int, ...]:
         return (k,) * (k + 1)
     if layout == "linear":
         return (0,) * k + (k,)
-    assert isinstance(layout, tuple) and len(layout) == k + 1
+    assert isinstance(layout, tuple)
+    assert len(layout) == k + 1
     return layout
 
 
@@ -92,11 +97,17 @@ class Groups:
 
 @lru_cache(maxsize=512)
 def plan_groups(
-    num_rows: tuple[int, ...], num_drafts: tuple[int, ...], lengths: tuple[int, ...], max_rows: int, max_tail: int, device: torch.device
+    num_rows: tuple[int, ...],
+    num_drafts: tuple[int, ...],
+    lengths: tuple[int, ...],
+    max_rows: int,
+    max_tail: int,
+    device: torch.device,
 ) -> Groups | None:
     """The groups of a step's shape, or None when there is none.
 
-    A request that verifies fewer than k drafts always gets a longest group behind its last row, so that a linear layout starts anew.
+    A request that verifies fewer than k drafts always gets a longest group behind its last row, so that a linear layout
+    starts anew.
 
     Args:
         num_rows: real rows of each request, in batch order.
@@ -104,13 +115,20 @@ def plan_groups(
             does not end the prompt, a last token).
         lengths: group lengths by drafts accepted, 1 + k of them (`group_lengths`).
         max_rows: mask rows that the step has room for; groups beyond it are left out, and their requests verify nothing next step.
-        max_tail: the last rows of a request whose K/V a group may need for itself: those that can share a block with its mask tokens.
+        max_tail: the last rows of a request whose K/V a group may need for itself: those that can share a block with its
+        mask tokens.
         device: of the tensors.
     """
     k = len(lengths) - 1
-    request, row, ahead, length, starts = [], [], [], [], [0]
+    request: list[int] = []
+    row: list[int] = []
+    ahead: list[int] = []
+    length: list[int] = []
+    starts = [0]
     after = [[-1] * (k + 1) for _ in num_rows]
-    source_rows, written_group, written_ahead = [], [], []
+    source_rows: list[int] = []
+    written_group: list[int] = []
+    written_ahead: list[int] = []
     num_real, first_row = sum(num_rows), 0
     for i, (rows, drafts) in enumerate(zip(num_rows, num_drafts, strict=True)):
         for accepted in range(drafts + 1):

@@ -1,12 +1,14 @@
 """Attention of mask rows by forked sequences, on whatever attention backend the server has chosen.
 
 A group is a fork of its request: the request's full blocks, then scratch blocks that hold the rest of the prefix and the group's
-own K/V. A causal kernel over the fork lets a mask row see its prefix and its own group up to itself, nothing else. The scratch blocks
+own K/V. A causal kernel over the fork lets a mask row see its prefix and its own group up to itself, nothing else. The
+scratch blocks
 lie behind the blocks that the scheduler knows of and are written anew every step.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -97,10 +99,14 @@ class ForkedSequences:
             ValueError: if the caches are not equal steps apart in one allocation.
         """
         first = kv_caches[0]
-        steps = {b.storage_offset() - a.storage_offset() for a, b in zip(kv_caches, kv_caches[1:], strict=False)} or {0}
-        same = all(c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and c.stride() == first.stride() for c in kv_caches)
+        steps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(kv_caches)} or {0}
+        same = all(
+            c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and c.stride() == first.stride() for c in kv_caches
+        )
         if not same or len(steps) != 1:
-            raise ValueError("the KV caches of the layers do not lie equally spaced in one allocation; this cache layout is not supported")
+            raise ValueError(
+                "the KV caches of the layers do not lie equally spaced in one allocation; this cache layout is not supported"
+            )
         shape, stride = (len(kv_caches), *first.shape), (steps.pop(), *first.stride())
         self.kv_caches = first.as_strided(shape, stride, first.storage_offset())
 
@@ -121,7 +127,9 @@ class ForkedSequences:
         """
         attend, write = impl.forward, impl.do_kv_cache_update
 
-        def do_kv_cache_update(layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        def do_kv_cache_update(
+            layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
+        ) -> None:
             # The CPU operation trusts key's row count: with the mask rows it would write past the end of `slots`.
             num_rows = slots.shape[0]
             write(layer, key[:num_rows], value[:num_rows], kv_cache, slots)

@@ -29,7 +29,8 @@ class SamplerHead(nn.Module):
         return self.step(previous, self.project(z), z)
 
     def project(self, z: torch.Tensor) -> torch.Tensor:
-        """The part of the first linear that needs mask states only, [..., d]; drafting computes it for all of a group's states at once."""
+        """The part of the first linear that needs mask states only, [..., d]; drafting computes it for all of a group's
+        states at once."""
         return F.linear(z, self.linear_1.weight[:, z.shape[-1] :], self.linear_1.bias)
 
     def step(self, previous: torch.Tensor, projected: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

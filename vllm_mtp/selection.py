@@ -33,7 +33,11 @@ def vllm_version() -> str:
 def asked_for(engine_args: Any) -> dict[str, Any] | None:
     """The speculative configuration if it names an adapter of ours under method `mtp` or no method at all, else None."""
     asked = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
-    for key, value in (("method", engine_args.spec_method), ("model", engine_args.spec_model), ("num_speculative_tokens", engine_args.spec_tokens)):
+    for key, value in (
+        ("method", engine_args.spec_method),
+        ("model", engine_args.spec_model),
+        ("num_speculative_tokens", engine_args.spec_tokens),
+    ):
         if value is not None:
             asked.setdefault(key, value)
     if asked.get("method") not in ("mtp", None) or not isinstance(asked.get("model"), str):
@@ -49,7 +53,11 @@ def resolve(asked: dict[str, Any], additional: dict[str, Any], model_config: Any
     """
     adapter = Path(asked["model"])
     config = validate_folder(adapter, model_config.model)
-    options = {key: value for key, value in asked.items() if key not in ("method", "model", "target_model_config", "target_parallel_config")}
+    options = {
+        key: value
+        for key, value in asked.items()
+        if key not in ("method", "model", "target_model_config", "target_parallel_config")
+    }
     defaults = config.serving.model_dump(exclude_none=True) if config.serving else {}
     more = dict(additional.get("mtp") or {})
     if more.pop("adapter", str(adapter)) != str(adapter):
@@ -57,12 +65,17 @@ def resolve(asked: dict[str, Any], additional: dict[str, Any], model_config: Any
     merged = {"num_speculative_tokens": config.num_mask_tokens, **defaults, **more, **options, "adapter": str(adapter)}
     unknown = sorted(set(merged) - set(ServingOptions.model_fields))
     if unknown:
-        raise ConfigurationError(f"unknown speculative option {unknown[0]!r}: a mask-token adapter takes num_speculative_tokens, {', '.join(OPTIONS)}")
+        raise ConfigurationError(
+            f"unknown speculative option {unknown[0]!r}: a mask-token adapter takes num_speculative_tokens, {', '.join(OPTIONS)}"
+        )
     try:
         resolved = ServingOptions.model_validate(merged)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal", "function", "tuple"))) or "speculative configuration"
+        where = (
+            ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal", "function", "tuple")))
+            or "speculative configuration"
+        )
         raise ConfigurationError(f"{where}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})") from None
     _check_servable(resolved, config, model_config, parallel_config)
     read_adapter(adapter)  # for what only the numbers show: NaN found in a worker would be reported by a dying engine
@@ -73,8 +86,8 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
     k = options.num_speculative_tokens
     if k > config.num_mask_tokens:
         raise ConfigurationError(
-            f"num_speculative_tokens is {k}, but the adapter {options.adapter} was trained with {config.num_mask_tokens} mask tokens: "
-            f"ask for at most {config.num_mask_tokens}"
+            f"num_speculative_tokens is {k}, but the adapter {options.adapter} was trained with {config.num_mask_tokens} mask "
+            f"tokens: ask for at most {config.num_mask_tokens}"
         )
     for name, flag in (
         ("tensor_parallel_size", "--tensor-parallel-size"),

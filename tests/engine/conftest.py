@@ -1,4 +1,5 @@
-"""Real vLLM engines in the test's own process, so that a test can look inside; one lives at a time and is kept while it is asked for again."""
+"""Real vLLM engines in the test's own process, so that a test can look inside; one lives at a time and is kept while it is
+asked for again."""
 
 import gc
 import json
@@ -39,7 +40,8 @@ class Engine:
         return self.runner.drafter
 
     def greedy(self, prompts: list[Any], max_tokens: int, *, at_once: int | None = None, **sampling: Any) -> list[list[int]]:
-        """Greedy tokens of each prompt (text, or a dictionary with `prompt_token_ids`); `at_once` = 1 runs them one after the other."""
+        """Greedy tokens of each prompt (text, or a dictionary with `prompt_token_ids`); `at_once` = 1 runs them one after
+        the other."""
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, **sampling)
         batches = [prompts] if at_once is None else [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]
         outputs = [output for batch in batches for output in self.llm.generate(batch, params, use_tqdm=False)]
@@ -93,7 +95,8 @@ class Engines:
         return self.engine
 
     def close(self) -> None:
-        """Ends the engine, if there is one. Its teardown takes down the process's distributed groups, so it must come before the next start."""
+        """Ends the engine, if there is one. Its teardown takes down the process's distributed groups, so it must come before
+        the next start."""
         if self.engine is not None:
             del self.engine.llm
         self.engine, self.key = None, ""

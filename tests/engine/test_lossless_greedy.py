@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllm_mtp import demo
 
 from .conftest import Engine, Engines, speculative

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from vllm import SamplingParams
+
 from vllm_mtp import demo
 
 from .conftest import Engine, Engines, speculative

@@ -1,10 +1,12 @@
 """What stands in the mask rows and in the real rows, against the reference and against plain vLLM. fp32."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
 from vllm_mtp import demo
 from vllm_mtp.reference import ReferenceModel
 
@@ -58,7 +60,9 @@ def test_mask_states_equal_the_reference(
     assert worst < 1e-4
 
 
-def test_prompt_logits_are_bit_identical_with_the_adapter_loaded(engines: Engines, prompts: list[str], random_adapter: Path) -> None:
+def test_prompt_logits_are_bit_identical_with_the_adapter_loaded(
+    engines: Engines, prompts: list[str], random_adapter: Path
+) -> None:
     def prompt_logits(engine: Engine) -> list[torch.Tensor]:
         compute, seen, first = engine.runner.model.compute_logits, [], []
 
@@ -94,7 +98,7 @@ def test_a_second_request_hits_the_prefix_cache_as_in_plain(engines: Engines, pr
         third = engine.greedy(texts, 32)
         counts.append(engine.metric("vllm:prefix_cache_hits"))
         assert second == first
-        return first + third, [b - a for a, b in zip(counts, counts[1:], strict=False)]
+        return first + third, [b - a for a, b in pairwise(counts)]
 
     options = {"enable_prefix_caching": True, "block_size": 32}
     expected = hits(engines(**options))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_mtp.drafter import Drafter
 from vllm_mtp.sampler_head import SamplerHead
 

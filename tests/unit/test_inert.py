@@ -62,7 +62,8 @@ def test_registration_imports_no_runner() -> None:
     import sys
     from vllm_mtp.plugin import register
     register()
-    print(*sorted(name for name in sys.modules if name.startswith(('vllm.v1.worker', 'vllm.model_executor.models.llama', 'vllm_mtp.runner'))))
+    runners = ('vllm.v1.worker', 'vllm.model_executor.models.llama', 'vllm_mtp.runner')
+    print(*sorted(name for name in sys.modules if name.startswith(runners)))
     """
     )
     assert imported == ""
@@ -73,10 +74,11 @@ def test_other_speculative_configurations_pass_through_unchanged() -> None:
         """
     from vllm.engine.arg_utils import EngineArgs
     seen = []
-    EngineArgs.create_speculative_config = lambda self, target_model_config, target_parallel_config: seen.append(self.speculative_config) or 'made'
+    EngineArgs.create_speculative_config = lambda self, target, parallel: seen.append(self.speculative_config) or 'made'
     from vllm_mtp.plugin import register
     register()
-    for config in (None, {'method': 'ngram', 'num_speculative_tokens': 3}, {'method': 'mtp', 'num_speculative_tokens': 1}, {'method': 'mtp', 'model': 'x/y'}):
+    ngram = {'method': 'ngram', 'num_speculative_tokens': 3}
+    for config in (None, ngram, {'method': 'mtp', 'num_speculative_tokens': 1}, {'method': 'mtp', 'model': 'x/y'}):
         args = EngineArgs(model='m', speculative_config=config)
         assert args.create_speculative_config(1, 2) == 'made'
         assert seen[-1] is config and not args.additional_config

@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vllm_mtp.layout import Groups, group_lengths, plan_groups
 from vllm_mtp.load import choose, layouts_by_richness, rows_of
 from vllm_mtp.mask_attention import blocks_per_fork, plan_forks

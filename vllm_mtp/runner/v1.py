@@ -1,8 +1,9 @@
-"""vLLM's V1 model runner: the proposer that it loads as `custom_class`, and what it needs of the runner (v1/worker/gpu_model_runner.py)."""
+"""vLLM's V1 model runner: the proposer that it loads as `custom_class`, and what it needs of the runner
+(v1/worker/gpu_model_runner.py)."""
 
 import copy
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class MaskTokenProposer:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = vllm_config
-        self.options = ServingOptions.model_validate(vllm_config.additional_config["mtp"])
+        self.options = ServingOptions.model_validate(cast(dict[str, Any], vllm_config.additional_config)["mtp"])
         self.k = self.options.num_speculative_tokens
         self.max_model_len = vllm_config.model_config.max_model_len
         if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
@@ -61,7 +62,7 @@ class MaskTokenProposer:
             )
         except ValueError as error:
             raise AdapterError(f"{self.options.adapter}: {error}") from None
-        dtype, device = self.config.model_config.dtype, next(target.parameters()).device
+        dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(target.parameters()).device
         self.attention = ForkedSequences(self._fork_metadata)
         for module in target.modules():
             if isinstance(module, Attention):
@@ -84,12 +85,21 @@ class MaskTokenProposer:
         vocab_size = self.config.model_config.get_vocab_size()
         lm_head = getattr(target, "lm_head", None)
         weight = getattr(lm_head, "weight", None)
-        readable = weight is not None and weight.ndim == 2 and weight.shape[0] >= vocab_size and getattr(lm_head, "bias", None) is None
+        readable = (
+            weight is not None and weight.ndim == 2 and weight.shape[0] >= vocab_size and getattr(lm_head, "bias", None) is None
+        )
         sampler: Sampler | None = adapter.sampler
         if adapter.sampler is not None:
             head = adapter.sampler.to(device, dtype)
             sampler = PackedSampler(head) if current_platform.is_cpu() else head
-        return Drafter(target.compute_logits, target.embed_input_ids, weight if readable else None, sampler, self.options.candidates, vocab_size)
+        return Drafter(
+            target.compute_logits,
+            target.embed_input_ids,
+            weight if readable else None,
+            sampler,
+            self.options.candidates,
+            vocab_size,
+        )
 
     @property
     def num_scratch_blocks(self) -> int:
@@ -102,8 +112,9 @@ class MaskTokenProposer:
         scratch = self.num_scratch_blocks * sum(spec.page_size_bytes for spec in runner.get_kv_cache_spec().values())
         if scratch >= available:
             raise ValueError(
-                f"the mask rows of {self.config.scheduler_config.max_num_seqs} requests need {scratch / 2**30:.2f} GiB of scratch KV blocks, but "
-                f"only {available / 2**30:.2f} GiB are there: lower --max-num-seqs or --block-size, or raise the memory for the KV cache"
+                f"the mask rows of {self.config.scheduler_config.max_num_seqs} requests need {scratch / 2**30:.2f} GiB of "
+                f"scratch KV blocks, but only {available / 2**30:.2f} GiB are there: lower --max-num-seqs or --block-size, or "
+                "raise the memory for the KV cache"
             )
         return available - scratch
 
@@ -114,7 +125,9 @@ class MaskTokenProposer:
             raise ValueError("mask-token prediction does not support models with several KV cache groups (hybrid attention) yet")
         for tensor in config.kv_cache_tensors:
             if tensor.offset != 0 or tensor.layer_stride != tensor.block_stride * config.num_blocks:
-                raise ValueError("mask-token prediction needs a KV cache whose layers lie one after the other; this layout is not supported yet")
+                raise ValueError(
+                    "mask-token prediction needs a KV cache whose layers lie one after the other; this layout is not supported yet"
+                )
             # Both, or layer l's scratch blocks would be the first blocks of layer l + 1.
             tensor.size += num_scratch * tensor.block_stride * len(tensor.layers)
             tensor.layer_stride += num_scratch * tensor.block_stride
@@ -133,12 +146,13 @@ class MaskTokenProposer:
         self.expansion.block_size = runner.cache_config.block_size
         self.expansion.scratch = self.first_scratch_block
         self.expansion.attention = self.attention
-        # We cut drafts at the model's end request by request; without this the runner drafts for no one once one request is near it.
+        # We cut drafts at the model's end request by request; without this the runner drafts for no one once one request is
+        # near it.
         runner.effective_drafter_max_model_len = self.max_model_len + self.k
         scratch_bytes = self.num_scratch_blocks * sum(spec.page_size_bytes for spec in runner.get_kv_cache_spec().values())
         logger.info(
-            "Mask-token prediction is on: adapter %s, k = %d, layout %s, acceptance lossless, up to %d mask rows a decoding request, "
-            "%d scratch blocks (%.0f MiB)",
+            "Mask-token prediction is on: adapter %s, k = %d, layout %s, acceptance lossless, "
+            "up to %d mask rows a decoding request, %d scratch blocks (%.0f MiB)",
             self.options.adapter,
             self.k,
             self.options.layout,
@@ -224,7 +238,9 @@ class MaskTokenProposer:
             return drafts
         longest = max(usable for _, _, usable in chosen)
         last = groups.num_rows - 1
-        rows = torch.tensor([[min(groups.starts[group] + m, last) for m in range(longest)] for _, group, _ in chosen], device=hidden.device)
+        rows = torch.tensor(
+            [[min(groups.starts[group] + m, last) for m in range(longest)] for _, group, _ in chosen], device=hidden.device
+        )
         sampled = torch.tensor([sampled_token_ids[i][-1] for i, _, _ in chosen], device=hidden.device)
         drafting = time.perf_counter()
         ids = self.drafter(hidden[rows], sampled).tolist()
