@@ -1,8 +1,8 @@
 """Train the demo's adapter on the training split of the standard library, for the base that `train_base` made.
 
-    python -m benchmarks.demo_model.train_adapter --base runs/base/model --output runs/adapter --steps 4000
+    python -m benchmarks.demo_model.train_adapter --base runs/base/model --output runs/adapter --steps 4600
 
-Writes the split's training side to OUTPUT/train.jsonl and calls the trainer; further options are those of `vllm-mtp train`.
+Writes the split's training side to OUTPUT/train.jsonl and calls the trainer. The options default to those of the shipped adapter.
 """
 
 import argparse
@@ -10,10 +10,25 @@ import json
 from pathlib import Path
 
 from benchmarks.demo_model.corpus import is_test, split
-from vllm_mtp.train.config import LossWeights, TrainConfig
+from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.run import train
 
 PROMPTS = Path(__file__).parents[2] / "vllm_mtp" / "demo" / "prompts.jsonl"
+
+
+OPTIONS: dict[str, object] = {
+    "base_name": "vllm_mtp/demo/base",
+    "length": 288,
+    "groups": 32,
+    "batch_size": 8,
+    "learning_rate": 1.5e-3,
+    "on_policy": 0.6,
+    "on_policy_sequences": 3072,
+    "on_policy_greedy": 0.7,
+    "loss": {"plain_head": 0.5, "position_decay": 0.85},
+    "compile": True,
+    "save_steps": 250,
+}
 
 
 def write_split(path: Path) -> None:
@@ -29,14 +44,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--options", type=json.loads, default={}, help="JSON of further options of TrainConfig")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON of options of TrainConfig that replace the defaults")
+    parser.add_argument("--steps", type=int, default=4600)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     data = arguments.output / "train.jsonl"
     write_split(data)
-    options = {"steps": arguments.steps, "loss": LossWeights(), **arguments.options}
-    train(TrainConfig(base=arguments.base, data=(data,), output=arguments.output, eval_data=(PROMPTS,), **options))
+    options = {**OPTIONS, "steps": arguments.steps, **arguments.options}
+    fixed = {"base": arguments.base, "data": [data], "output": arguments.output, "eval_data": [PROMPTS]}
+    train(TrainConfig.model_validate({**options, **fixed}))
 
 
 if __name__ == "__main__":
