@@ -1,1 +1,1 @@
-"""Operations with a plain torch reference beside their fast versions; imported as `vllm_mtp.kernels`."""
+"""Kernels for mask rows, imported as `vllm_mtp.kernels`. None yet: the engine runs on torch operations and vLLM's own kernels."""
