@@ -1,1 +1,4 @@
-"""Kernels for mask rows, imported as `vllm_mtp.kernels`. None yet: the engine runs on torch operations and vLLM's own kernels."""
+"""Kernels for mask rows, imported as `vllm_mtp.kernels`: one folder an operation, its formula in plain torch beside the kernel.
+
+Nothing here imports vLLM, and nothing imports Triton before a kernel runs.
+"""

@@ -1,0 +1,33 @@
+"""Where the kernel tests run: on a GPU, or under Triton's interpreter in a process that was started for it.
+
+Triton decides when it is imported whether it interprets, and vLLM imports it, so one process cannot do both. Without a GPU
+`test_interpreted.py` runs this folder once more in a process of its own, and the other files are left to that process.
+"""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import vllm_mtp
+
+ROOT = Path(__file__).parents[2]
+if find_spec("vllm_mtp.kernels") is None:  # a bare GPU machine: the package's setup.cfg mapping is not installed
+    vllm_mtp.__path__.append(str(ROOT))
+
+from vllm_mtp.kernels.dispatch import interpreting  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNS_TRITON = DEVICE.type == "cuda" or interpreting()
+collect_ignore = [] if RUNS_TRITON else ["test_gated_lora.py", "test_comb_attention.py"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every uninitialized tensor is full of NaN, so that what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
