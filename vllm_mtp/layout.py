@@ -12,6 +12,7 @@ without host reads. No vLLM import.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
@@ -48,8 +49,12 @@ class Groups:
         group_of_row: group of each mask row, [M].
         mask_index: which mask token stands in each mask row, 0 .. k - 1, [M].
         source_rows: rows of the step (real ones, then mask rows) whose K/V each group's own copy of the sequence end needs, [S].
+        written_rows: rows of the step whose K/V are written, real rows to where the engine wants them and source_rows to the groups'
+            copies, [N + S].
         written_group: group of each of them, [S].
         written_ahead: its position less the group's prefix length, [S].
+        query_start: first row of each request and, behind them, of each group, and N + M at the end, [R + G + 1], int32.
+        longest_query: most rows that a request or a group has.
         after: group to draft from when request i accepted j drafts, -1 where there is none; after[i][j].
         starts, lengths: `start` and `length` as lists.
     """
@@ -63,8 +68,11 @@ class Groups:
     group_of_row: torch.Tensor
     mask_index: torch.Tensor
     source_rows: torch.Tensor
+    written_rows: torch.Tensor
     written_group: torch.Tensor
     written_ahead: torch.Tensor
+    query_start: torch.Tensor
+    longest_query: int
     after: list[list[int]]
     starts: list[int]
     lengths: list[int]
@@ -163,8 +171,11 @@ def plan_groups(
         group_of_row=tensor([group for group, wanted in enumerate(length) for _ in range(wanted)]),
         mask_index=tensor([m for wanted in length for m in range(wanted)]),
         source_rows=tensor(source_rows),
+        written_rows=tensor([*range(num_real), *source_rows]),
         written_group=tensor(written_group),
         written_ahead=tensor(written_ahead),
+        query_start=tensor([*accumulate(num_rows, initial=0), *(num_real + start for start in starts[1:])]).int(),
+        longest_query=max(*num_rows, *length),
         after=after,
         starts=starts,
         lengths=length,

@@ -1,13 +1,14 @@
 """Attention of mask rows by forked sequences, on whatever attention backend the server has chosen.
 
 A group is a fork of its request: the request's full blocks, then scratch blocks that hold the rest of the prefix and the group's
-own K/V. A causal kernel over the fork lets a mask row see its prefix and its own group up to itself, nothing else. The
-scratch blocks
-lie behind the blocks that the scheduler knows of and are written anew every step.
+own K/V. A causal kernel over the fork lets a mask row see its prefix and its own group up to itself, nothing else. Requests and
+forks are the sequences of one call of the backend's kernel. The scratch blocks lie behind the blocks that the scheduler knows of and
+are written anew every step.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -18,24 +19,26 @@ from vllm_mtp.layout import Groups
 
 @dataclass(frozen=True)
 class Fork:
-    """The forked sequences of a step, shared by all layers.
+    """The sequences of a step, shared by all layers: its R requests, and behind them G forks, one a group.
 
     Attributes:
-        block_table: blocks of each fork, [G, W].
-        query_start: first mask row of each fork and M at the end, [G + 1], int32.
-        seq_lens: prefix and group, [G], int32.
+        block_table: blocks of each sequence, [R + G, W].
+        query_start: first row of each sequence and N + M at the end, [R + G + 1], int32.
+        seq_lens: tokens of each sequence, [R + G], int32.
+        longest_query: most rows that a sequence has.
         copy_from: the block of each prefix's end, whose tokens of earlier steps the fork shares, [G].
         copy_to: the scratch block that takes a copy of it, [G].
-        source_rows: rows of the step (real rows, then mask rows) whose K/V enter the scratch blocks, [S].
-        slots: where they go, [S]; -1 for rows that lie in a full block, which the fork reads where it is.
+        written_rows: rows of the step whose K/V are written: the N real rows, and S rows that enter the scratch blocks, [N + S].
+        slots: where those S go, [S]; -1 for rows that lie in a full block, which the fork reads where it is.
     """
 
     block_table: torch.Tensor
     query_start: torch.Tensor
     seq_lens: torch.Tensor
+    longest_query: int
     copy_from: torch.Tensor
     copy_to: torch.Tensor
-    source_rows: torch.Tensor
+    written_rows: torch.Tensor
     slots: torch.Tensor
 
 
@@ -44,35 +47,49 @@ def blocks_per_fork(k: int, block_size: int) -> int:
     return -(-(block_size - 1 + k) // block_size)
 
 
-def plan_forks(groups: Groups, prefix_len: torch.Tensor, block_table: torch.Tensor, block_size: int, scratch: int, k: int) -> Fork:
-    """Block tables, copies and slots of a step's forks; every shape follows from the step's shape, nothing is read back.
+@lru_cache(maxsize=64)
+def _scratch_blocks(first: int, num_groups: int, per_fork: int, like: tuple[torch.device, torch.dtype]) -> torch.Tensor:
+    """Ids of the scratch blocks of each group, [G, per_fork]."""
+    return torch.arange(first, first + num_groups * per_fork, device=like[0], dtype=like[1]).view(-1, per_fork)
+
+
+def plan_forks(
+    groups: Groups, request_len: torch.Tensor, prefix_len: torch.Tensor, block_table: torch.Tensor, block_size: int, scratch: int, k: int
+) -> Fork:
+    """Block tables, copies and slots of a step; every shape follows from the step's shape, nothing is read back.
 
     Args:
         groups: the mask rows.
+        request_len: tokens of each request once all its rows count, [R].
         prefix_len: L of each group, [G].
         block_table: blocks of each request, [R, W].
         block_size: tokens a block.
         scratch: id of the first scratch block.
         k: most mask tokens a group has.
     """
-    per_fork, device, dtype = blocks_per_fork(k, block_size), block_table.device, block_table.dtype
-    own = torch.arange(groups.num_groups * per_fork, device=device, dtype=dtype).view(-1, per_fork) + scratch
+    per_fork = blocks_per_fork(k, block_size)
+    own = _scratch_blocks(scratch, groups.num_groups, per_fork, (block_table.device, block_table.dtype))
     full = prefix_len // block_size
-    rows = block_table[groups.request]
-    column = full[:, None]
-    table = torch.cat([rows, own], 1)  # any values in the new columns: what a fork does not reach is not read
-    table.scatter_(1, column + torch.arange(per_fork, device=device), own)
-    first = own[:, 0].long()
+    num_requests, width = block_table.shape
+    table = block_table.new_zeros(num_requests + groups.num_groups, width + per_fork)
+    table[:num_requests, :width] = block_table
+    forked = table[num_requests:]
+    forked[:, :width] = block_table[groups.request]
+    # A prefix that ends with its block has no shared rest; whatever is copied then is written over or not read.
+    copy_from = forked.gather(1, full[:, None])[:, 0]
+    for column in range(per_fork):
+        forked.scatter_(1, full[:, None] + column if column else full[:, None], own[:, column, None])
+    # The tokens of a fork that are not in full blocks of its request lie one after the other from its first scratch block on.
     offset = groups.written_ahead + (prefix_len - full * block_size)[groups.written_group]
-    slots = torch.where(offset < 0, -1, offset + (first * block_size)[groups.written_group])
+    slots = torch.where(offset < 0, -1, offset + (own[:, 0].long() * block_size)[groups.written_group])
     return Fork(
         block_table=table,
-        query_start=groups.start.to(torch.int32),
-        seq_lens=(prefix_len + groups.length).to(torch.int32),
-        # A prefix that ends with its block has no shared rest; whatever is copied then is written over or not read.
-        copy_from=rows.gather(1, column.clamp(max=rows.shape[1] - 1))[:, 0].long(),
-        copy_to=first,
-        source_rows=groups.source_rows,
+        query_start=groups.query_start,
+        seq_lens=torch.cat([request_len, prefix_len + groups.length]).int(),
+        longest_query=groups.longest_query,
+        copy_from=copy_from,
+        copy_to=own[:, 0].long(),
+        written_rows=groups.written_rows,
         slots=slots,
     )
 
@@ -90,7 +107,7 @@ class ForkedSequences:
         self.kv_caches: torch.Tensor | None = None
         self.fork: Fork | None = None
         self.metadata: Any = None
-        self.num_real = 0
+        self.slots: torch.Tensor | None = None
 
     def bind(self, kv_caches: list[torch.Tensor]) -> None:
         """Takes the layers' caches, each [blocks, ...] with the scratch blocks included.
@@ -110,15 +127,15 @@ class ForkedSequences:
         shape, stride = (len(kv_caches), *first.shape), (steps.pop(), *first.stride())
         self.kv_caches = first.as_strided(shape, stride, first.storage_offset())
 
-    def begin(self, fork: Fork, num_real: int) -> None:
-        """Prepares a step: copies the partly filled blocks of all layers and builds the forks' attention metadata."""
+    def begin(self, fork: Fork) -> None:
+        """Prepares a step: copies the partly filled blocks of all layers and builds the attention metadata of its sequences."""
         assert self.kv_caches is not None
         self.kv_caches.index_copy_(1, fork.copy_to, self.kv_caches.index_select(1, fork.copy_from))
-        self.fork, self.num_real, self.metadata = fork, num_real, self.build_metadata(fork)
+        self.fork, self.metadata, self.slots = fork, self.build_metadata(fork), None
 
     def end(self) -> None:
         """Forgets the step."""
-        self.fork = self.metadata = None
+        self.fork = self.metadata = self.slots = None
 
     def wrap(self, impl: Any) -> None:
         """Makes one layer's attention implementation serve mask rows too (vLLM: v1/attention/backend.py, AttentionImpl).
@@ -130,9 +147,14 @@ class ForkedSequences:
         def do_kv_cache_update(
             layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
         ) -> None:
-            # The CPU operation trusts key's row count: with the mask rows it would write past the end of `slots`.
-            num_rows = slots.shape[0]
-            write(layer, key[:num_rows], value[:num_rows], kv_cache, slots)
+            if self.fork is None:
+                # The CPU operation trusts key's row count, and would write past the end of `slots`.
+                write(layer, key[: slots.shape[0]], value[: slots.shape[0]], kv_cache, slots)
+                return
+            if self.slots is None:  # the same in every layer
+                self.slots = torch.cat([slots, self.fork.slots.to(slots.dtype)])
+            rows = self.fork.written_rows
+            write(layer, key.index_select(0, rows), value.index_select(0, rows), kv_cache, self.slots)
 
         def forward(
             layer: Any,
@@ -144,12 +166,8 @@ class ForkedSequences:
             output: torch.Tensor,
             **kwargs: Any,
         ) -> torch.Tensor:
-            fork, n = self.fork, self.num_real
-            if fork is None or metadata is None:
-                return attend(layer, query, key, value, kv_cache, metadata, output=output, **kwargs)
-            attend(layer, query[:n], key[:n], value[:n], kv_cache, metadata, output=output[:n], **kwargs)
-            write(layer, key[fork.source_rows], value[fork.source_rows], kv_cache, fork.slots)
-            attend(layer, query[n:], key[n:], value[n:], kv_cache, self.metadata, output=output[n:], **kwargs)
-            return output
+            if self.fork is not None and metadata is not None:
+                metadata = self.metadata
+            return attend(layer, query, key, value, kv_cache, metadata, output=output, **kwargs)
 
         impl.forward, impl.do_kv_cache_update = forward, do_kv_cache_update

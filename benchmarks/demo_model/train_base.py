@@ -1,6 +1,8 @@
-"""Train the demo's base model from nothing: a byte-level BPE tokenizer and a 7 M parameter Llama on the standard library.
+"""Train the demo's base model on the standard library: a byte-level BPE tokenizer and a Llama of 7 M parameters, from nothing, and
+then a wider one that starts as the same function.
 
     python -m benchmarks.demo_model.train_base --output runs/base --steps 1250
+    python -m benchmarks.demo_model.train_base --output runs/wide --steps 600 --widen runs/base/model --intermediate-size 2176
 
 Muon for the matrices and AdamW for the rest, bf16 autocast, torch.compile, transformers' Trainer; a killed run resumes
 from its last checkpoint when the same command is given again.
@@ -45,13 +47,13 @@ def train_tokenizer(texts: list[str], output: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def new_model() -> LlamaForCausalLM:
+def new_model(intermediate_size: int = 1024) -> LlamaForCausalLM:
     """A Llama of 4 layers, small enough for two cores and divisible by two tensor-parallel ranks."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=384,
-            intermediate_size=1024,
+            intermediate_size=intermediate_size,
             num_hidden_layers=4,
             num_attention_heads=6,
             num_key_value_heads=2,
@@ -64,18 +66,30 @@ def new_model() -> LlamaForCausalLM:
     )
 
 
+@torch.no_grad()
+def widened(folder: Path, intermediate_size: int) -> LlamaForCausalLM:
+    """The model of `folder` with more MLP neurons, whose outputs count nothing yet: the same function (Net2Net, arXiv 1511.05641)."""
+    small, wide = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), new_model(intermediate_size)
+    own = wide.state_dict()
+    for name, tensor in small.state_dict().items():
+        if name.endswith("down_proj.weight"):
+            own[name].zero_()
+        own[name][tuple(slice(size) for size in tensor.shape)] = tensor
+    return wide
+
+
 class Windows(Dataset):
     """`num_windows` windows of `LENGTH` tokens; every pass over the stream is shuffled and starts at another offset."""
 
-    def __init__(self, stream: torch.Tensor, num_windows: int) -> None:
-        self.stream, self.num_windows = stream, num_windows
+    def __init__(self, stream: torch.Tensor, num_windows: int, first: int = 0) -> None:
+        self.stream, self.num_windows, self.first = stream, num_windows, first
         self.per_pass = len(stream) // LENGTH - 1
 
     def __len__(self) -> int:
         return self.num_windows
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        number, index = divmod(index, self.per_pass)
+        number, index = divmod(self.first + index, self.per_pass)
         generator = torch.Generator().manual_seed(number)
         offset = int(torch.randint(LENGTH, (1,), generator=generator))
         start = offset + LENGTH * int(torch.randperm(self.per_pass, generator=generator)[index])
@@ -150,13 +164,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 512 tokens a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--save-steps", type=int, default=300)
+    parser.add_argument("--widen", type=Path, help="start from this trained model, with more MLP neurons")
+    parser.add_argument("--intermediate-size", type=int, default=1024, help="MLP neurons a layer")
+    parser.add_argument("--first-window", type=int, default=0, help="windows of the data that an earlier run has used")
     options = parser.parse_args()
 
     torch.manual_seed(0)
     train, held_out = split()
     tokenizer = train_tokenizer(list(train.values()), options.output / "model")
     stream = token_stream(tokenizer, train)
-    model = new_model()
+    model = widened(options.widen, options.intermediate_size) if options.widen else new_model(options.intermediate_size)
     optimizer = MuonAdamW(model, options.learning_rate)
     warmup = 100
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -178,7 +195,7 @@ def main() -> None:
             report_to=[],
             dataloader_num_workers=0,
         ),
-        train_dataset=Windows(stream, options.steps * options.batch_size),
+        train_dataset=Windows(stream, options.steps * options.batch_size, options.first_window),
         optimizers=(optimizer, schedule),
     )
     checkpoint = get_last_checkpoint(str(options.output)) if options.output.exists() else None

@@ -1,5 +1,7 @@
 """Planning against a plain-Python reading of the definitions."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,16 +93,25 @@ def test_a_fork_holds_its_prefix_and_its_group(batch: Requests, lengths: tuple[i
             else:
                 cache[table[request, position // block_size], position % block_size] = label
     prefix_len = groups.prefix_len(request_len(batch))
-    fork = plan_forks(groups, prefix_len, table, block_size, scratch, K)
+    fork = plan_forks(groups, request_len(batch), prefix_len, table, block_size, scratch, K)
     cache[fork.copy_to] = cache[fork.copy_from]
     for request, (computed, rows, _) in enumerate(batch):
         for position in range(computed, computed + rows):  # the engine's own writes
             cache[table[request, position // block_size], position % block_size] = request * 1000 + position
     labels += [100_000 + m for m in range(groups.num_rows)]
     written = fork.slots >= 0
-    cache.view(-1)[fork.slots[written]] = torch.tensor(labels)[fork.source_rows[written]]
+    assert fork.written_rows[: groups.num_real].tolist() == list(range(groups.num_real))
+    cache.view(-1)[fork.slots[written]] = torch.tensor(labels)[fork.written_rows[groups.num_real :][written]]
+    starts = fork.query_start.tolist()
+    assert fork.longest_query == max(end - start for start, end in pairwise(starts))
+    for request, (computed, rows, _) in enumerate(batch):
+        found = cache[fork.block_table[request].long()].view(-1)[: int(fork.seq_lens[request])].tolist()
+        assert found == [request * 1000 + p for p in range(computed + rows)]
+        assert starts[request + 1] - starts[request] == rows
     for g in range(groups.num_groups):
-        found = cache[fork.block_table[g].long()].view(-1)[: int(fork.seq_lens[g])].tolist()
+        sequence = len(batch) + g
+        found = cache[fork.block_table[sequence].long()].view(-1)[: int(fork.seq_lens[sequence])].tolist()
+        assert starts[sequence : sequence + 2] == [groups.num_real + groups.starts[g], groups.num_real + groups.starts[g + 1]]
         masks = range(groups.starts[g], groups.starts[g + 1])
         label = int(groups.request[g]) * 1000
         assert found == [label + p for p in range(int(prefix_len[g]))] + [100_000 + m for m in masks]

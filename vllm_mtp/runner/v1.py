@@ -11,10 +11,11 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_mtp import compat, gated_lora, load
+from vllm_mtp import compat, compiled, gated_lora, load
 from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
 from vllm_mtp.config import ServingOptions
-from vllm_mtp.cpu_linear import PackedSampler
+from vllm_mtp.cpu_linear import PackedLinear, PackedSampler
+from vllm_mtp.cpu_memory import keep_freed_memory
 from vllm_mtp.drafter import Drafter, Sampler
 from vllm_mtp.expansion import EngineStep, Expansion
 from vllm_mtp.layout import group_lengths
@@ -40,6 +41,8 @@ class MaskTokenProposer:
         self.config = vllm_config
         self.options = ServingOptions.model_validate(cast(dict[str, Any], vllm_config.additional_config)["mtp"])
         self.k = self.options.num_speculative_tokens
+        if current_platform.is_cpu():
+            keep_freed_memory()
         self.max_model_len = vllm_config.model_config.max_model_len
         if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
             raise ValueError("mask-token prediction does not run under CUDA graphs yet: add --enforce-eager")
@@ -50,19 +53,17 @@ class MaskTokenProposer:
     def load_model(self, target: torch.nn.Module) -> None:
         """Reads the adapter and installs mask rows in `target`; vLLM compiles and profiles it afterwards."""
         from vllm.model_executor.layers.attention import Attention
-        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
         adapter = read_adapter(self.options.adapter)
         check_base(adapter.config, self.config.model_config.hf_text_config, fingerprint_tensors(target.named_parameters()))
-        rows = gated_lora.RowSplit()
-        merge = current_platform.is_cpu()
+        dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(target.parameters()).device
+        max_rows = self.config.scheduler_config.max_num_batched_tokens
+        rows = gated_lora.RowSplit(max_rows, device, dtype)
+        linear = PackedLinear if current_platform.is_cpu() else gated_lora.plain_product
         try:
-            linears = gated_lora.install(
-                target, dict(adapter.lora), rows, lambda layer: merge and isinstance(layer.quant_method, UnquantizedLinearMethod)
-            )
+            gated_lora.install(target, dict(adapter.lora), rows, linear)
         except ValueError as error:
             raise AdapterError(f"{self.options.adapter}: {error}") from None
-        dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(target.parameters()).device
         self.attention = ForkedSequences(self._fork_metadata)
         for module in target.modules():
             if isinstance(module, Attention):
@@ -71,10 +72,11 @@ class MaskTokenProposer:
             target=target,
             mask_embeddings=adapter.mask_embeddings[: self.k].to(device, dtype),
             rows=rows,
-            linears=linears,
-            max_rows=self.config.scheduler_config.max_num_batched_tokens,
+            max_rows=max_rows,
             max_model_len=self.max_model_len,
             next_step=self._next_step,
+            warming_up=self._warming_up,
+            compile=compiled.compiler(self.config),
         )
         self.drafter = self._drafter(target, adapter, dtype, device)
         layout = self.options.layout
@@ -166,12 +168,13 @@ class MaskTokenProposer:
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         return self.fixed_lengths or load.choose(num_requests, self.k, self.options.auto_rows)
 
-    def _next_step(self, num_rows: int) -> EngineStep | None:
-        """The step whose forward is about to run, from the runner's batch (v1/worker/gpu_input_batch.py)."""
+    def _warming_up(self) -> bool:
         from vllm.forward_context import get_forward_context
 
-        if self.runner is None or not get_forward_context().attn_metadata:
-            return None  # warm-up or profiling
+        return self.runner is None or not get_forward_context().attn_metadata
+
+    def _next_step(self, num_rows: int) -> EngineStep | None:
+        """The step whose forward is about to run, from the runner's batch (v1/worker/gpu_input_batch.py)."""
         batch = self.runner.input_batch
         num_requests = batch.num_reqs
         lengths = self._lengths(num_requests)
@@ -197,16 +200,16 @@ class MaskTokenProposer:
     def _fork_metadata(self, fork: Fork) -> Any:
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        groups, rows = fork.seq_lens.shape[0], fork.query_start
+        rows = fork.query_start
         return self.builder.build(
             0,
             CommonAttentionMetadata(
                 query_start_loc=rows,
                 query_start_loc_cpu=rows.cpu(),
                 seq_lens=fork.seq_lens,
-                num_reqs=groups,
+                num_reqs=fork.seq_lens.shape[0],
                 num_actual_tokens=int(rows[-1]),
-                max_query_len=self.k,
+                max_query_len=fork.longest_query,
                 max_seq_len=int(fork.seq_lens.max()),
                 block_table_tensor=fork.block_table,
                 slot_mapping=fork.slots,

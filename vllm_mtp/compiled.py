@@ -1,0 +1,21 @@
+"""Compiles what the plugin runs beside vLLM's own graph, as vLLM compiles that."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def compiler(vllm_config: Any) -> Callable[[Any], Any] | None:
+    """How to compile a function under this configuration; None where the engine runs eagerly.
+
+    As vLLM does for its model (compilation/wrapper.py, TorchCompileWithNoGuardsWrapper): the whole function in one graph, traced once,
+    without guards. Its first call marks the dimensions that vary; what the function reads besides its arguments must not change.
+    """
+    from vllm.config import CompilationMode
+
+    config = vllm_config.compilation_config
+    if config.mode == CompilationMode.NONE:
+        return None
+    options = {**config.inductor_compile_config, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    return lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend="inductor", options=options)
