@@ -46,30 +46,32 @@ class Drafter:
         self.candidates = candidates if unembedding is not None and candidates < vocab_size else None
 
     @torch.inference_mode()
-    def __call__(self, states: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """Drafts [R, k].
 
         Args:
-            states: mask states z_1 .. z_k of the chosen groups, after the final norm, [R, k, d].
+            hidden: mask states after the final norm, [M, d].
+            rows: where in it z_1 .. z_k of each request stand, [R, k].
             sampled: y_0, [R].
         """
+        states = hidden[rows]
         num_requests, k, _ = states.shape
         if self.sampler is None:
             return self.compute_logits(states.flatten(0, 1)).argmax(-1).view(num_requests, k)
-        tokens, rows = None, None
+        tokens, weights = None, None
         if self.candidates is not None:
             assert self.unembedding is not None
             tokens = self.compute_logits(states.flatten(0, 1)).topk(self.candidates, sorted=False).indices.view(num_requests, k, -1)
-            rows = self.unembedding[tokens].float()
+            weights = self.unembedding[tokens].float()
         projected = self.sampler.project(states)
         previous, drafts = sampled, []
         for i in range(k):
             state = self.sampler.step(self.embed(previous), projected[:, i], states[:, i])
-            if tokens is None or rows is None:
+            if tokens is None or weights is None:
                 previous = self.compute_logits(state).argmax(-1)
             else:
                 # Not a batched product: in bf16 on a CPU one of a single column takes ten times as long.
-                best = (rows[:, i] * state[:, None]).sum(-1).argmax(1, keepdim=True)
+                best = (weights[:, i] * state[:, None]).sum(-1).argmax(1, keepdim=True)
                 previous = tokens[:, i].gather(1, best)[:, 0]
             drafts.append(previous)
         return torch.stack(drafts, 1)

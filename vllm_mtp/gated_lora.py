@@ -87,7 +87,8 @@ class GatedLinear:
         y = self.base(layer, x, bias)
         if not self.rows.tracing_expanded:
             return y
-        return y + self.up(self.down(x) * self.rows.gate[: x.shape[0]])
+        # The gate stands before the product, where it melts into the operation that computes x.
+        return y + self.up(self.down(x * self.rows.gate[: x.shape[0]]))
 
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """y [rows, out] of x [rows, in]."""

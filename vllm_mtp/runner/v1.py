@@ -3,6 +3,7 @@
 
 import copy
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -103,6 +104,20 @@ class MaskTokenProposer:
             vocab_size,
         )
 
+    def _compiled_drafter(self) -> Callable[..., torch.Tensor]:
+        """The drafter, compiled where the engine compiles."""
+        compile = compiled.compiler(self.config)
+        if compile is None:
+            return self.drafter
+        draft = compile(self.drafter.__call__)
+        embeddings = self.expansion.mask_embeddings
+        hidden, rows, sampled = embeddings.new_zeros(7, embeddings.shape[1]), embeddings.new_zeros(3, self.k).long(), None
+        sampled = rows[:, 0].clone()
+        for tensor in (hidden, rows, sampled):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        draft(hidden, rows, sampled)
+        return draft
+
     @property
     def num_scratch_blocks(self) -> int:
         """Scratch blocks for the forks of the largest step: a group behind every row of every request."""
@@ -148,6 +163,7 @@ class MaskTokenProposer:
         self.expansion.block_size = runner.cache_config.block_size
         self.expansion.scratch = self.first_scratch_block
         self.expansion.attention = self.attention
+        self.draft = self._compiled_drafter()
         # We cut drafts at the model's end request by request; without this the runner drafts for no one once one request is
         # near it.
         runner.effective_drafter_max_model_len = self.max_model_len + self.k
@@ -239,14 +255,13 @@ class MaskTokenProposer:
                 chosen.append((i, group, usable))
         if not chosen:
             return drafts
-        longest = max(usable for _, _, usable in chosen)
         last = groups.num_rows - 1
         rows = torch.tensor(
-            [[min(groups.starts[group] + m, last) for m in range(longest)] for _, group, _ in chosen], device=hidden.device
+            [[min(groups.starts[group] + m, last) for m in range(self.k)] for _, group, _ in chosen], device=hidden.device
         )
         sampled = torch.tensor([sampled_token_ids[i][-1] for i, _, _ in chosen], device=hidden.device)
         drafting = time.perf_counter()
-        ids = self.drafter(hidden[rows], sampled).tolist()
+        ids = self.draft(hidden, rows, sampled).tolist()
         drafted = time.perf_counter()
         for (i, _, usable), row in zip(chosen, ids, strict=True):
             drafts[i] = row[:usable]
