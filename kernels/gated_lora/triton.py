@@ -35,6 +35,7 @@ class Config:
 # * Each tile reads all of x: L2 traffic grows by rows / BN of W's bytes. 81 rows and BN = 32 would read 2.5 W. So BN grows with
 #   the rows, and K is split where tiles are then too few (o, down: 4096 / 128 = 32 tiles, 4 splits). A split costs
 #   8 rows BN bytes of L2 (write and read of fp32 partials), below 10 % of W's bytes from K = 4096 and 4 splits on.
+# * 128 x 256 tiles (gate_up) leave few registers: ranks are expanded 32 at a time there, which is what compiles without spills.
 # * Up to 32 rows mma m16n8k16 is enough (2 rows FLOP per W element); from 64 rows on BM is a wgmma tile.
 # (rows up to, BM, BN, BK, warps, stages)
 DECODE_TABLE = ((16, 16, 32, 128, 4, 5), (32, 32, 64, 128, 4, 4), (64, 64, 128, 64, 4, 4), (128, 128, 128, 64, 8, 3))
@@ -238,6 +239,6 @@ def launch(
         row_tiles, shrink_tiles, config.split_shrink, config.split_base,
         BASE=weight is not None, BIAS=bias is not None, TICKETS=num_programs > sms,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        BM=config.bm, BN=config.bn, BK=config.bk, BR=min(64, max(16, triton.next_power_of_2(rank))),
+        BM=config.bm, BN=config.bn, BK=config.bk, BR=min(32 if config.bn == 256 else 64, max(16, triton.next_power_of_2(rank))),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

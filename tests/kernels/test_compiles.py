@@ -1,0 +1,132 @@
+"""The kernels compile for Hopper, which needs no GPU: matrix instructions are used, nothing spills, shared memory suffices."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_mtp.kernels.comb_attention import CombLayout
+from vllm_mtp.kernels.comb_attention import triton as comb
+from vllm_mtp.kernels.gated_lora import triton as lora
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+SHARED_BYTES = 227 * 1024  # a program's limit on an H100 and H200
+SMS = 132
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Compiler:
+    """Stands in for a kernel: compiles for sm_90 what a launch would run, with Triton's specialization of arguments."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.compiled = kernel, None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *values: Any, **named: Any) -> None:
+        """One compilation; the result stays in `compiled`."""
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        arguments = {**dict(zip(self.kernel.arg_names, values, strict=False)), **named}
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = arguments[parameter.name]
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
+            else:
+                signature[parameter.name] = "i32"
+                if value % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        self.compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def check(compiled: Any, folder: Path, instruction: str | None) -> None:
+    assert compiled.metadata.shared <= SHARED_BYTES
+    assert instruction is None or instruction in compiled.asm["ptx"]
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    assert "LOCAL:0" in usage
+    assert "STACK:0" in usage
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "k", "slices", "base", "instruction"),
+    [
+        (9, 4096, 4096, 1, True, "mma.sync"),
+        (25, 6144, 4096, 3, True, "mma.sync"),
+        (81, 4096, 14336, 1, True, "wgmma"),
+        (81, 28672, 4096, 2, True, "wgmma"),
+        (25, 6144, 4096, 3, False, "mma.sync"),
+        (2048, 4096, 4096, 1, False, "wgmma"),
+    ],
+)
+def test_gated_lora_of_an_8b_model(
+    rows: int, out: int, k: int, slices: int, base: bool, instruction: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = Compiler(lora.gated_lora_kernel)
+    monkeypatch.setattr(lora, "gated_lora_kernel", compiler)
+    config = lora.choose_config(rows, out, k, slices * 128, SMS, base)
+    spans, n = meta(slices, 2, dtype=torch.int32), meta(1, dtype=torch.int64)
+    weight = meta(out, k) if base else None
+    lora.launch(meta(rows, out), meta(rows, k), weight, None, meta(slices, 128, k), meta(out, 128), spans, 1.0, n, config)
+    check(compiler.compiled, tmp_path, instruction)
+
+
+@pytest.mark.parametrize(
+    ("groups", "k", "heads", "kv_heads", "head_size", "cache", "instruction"),
+    [
+        (5, 4, 32, 8, 128, torch.bfloat16, "wgmma"),
+        (9, 8, 32, 8, 128, torch.float8_e4m3fn, "wgmma"),
+        (1, 2, 32, 8, 64, torch.bfloat16, "mma.sync"),
+        (9, 8, 16, 2, 256, torch.bfloat16, "wgmma"),
+    ],
+)
+def test_comb_attention(
+    groups: int,
+    k: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    cache: torch.dtype,
+    instruction: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    attend, combine = Compiler(comb.comb_attention_kernel), Compiler(comb.combine_kernel)
+    monkeypatch.setattr(comb, "comb_attention_kernel", attend)
+    monkeypatch.setattr(comb, "combine_kernel", combine)
+    rows = groups * k
+    config = comb.choose_config(rows, heads, kv_heads, head_size, 1, 32768, SMS, 2)
+    layout = CombLayout(*(meta(size, dtype=torch.int32) for size in (groups, groups + 1, rows, 2)), max_rows=rows)
+    q, own = meta(rows, heads, head_size), meta(rows, kv_heads, head_size)
+    paged, table = meta(4096, 16, kv_heads, head_size, dtype=cache), meta(1, 2048, dtype=torch.int32)
+    scale = meta(1, dtype=torch.float32)
+    comb.launch(
+        torch.empty_like(q), q, own, own, paged, paged, table, layout, 0.1, 0, 0.0, None, scale, scale, config
+    )  # fmt: skip
+    check(attend.compiled, tmp_path, instruction)
+    check(combine.compiled, tmp_path, None)
