@@ -76,20 +76,22 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32, tor
     width = max(1, -(-max(lengths) // block)) + draw(st.integers(0, 2))
     num_blocks = len(lengths) * width + 1
     order = torch.randperm(num_blocks, generator=generator)[: len(lengths) * width].view(len(lengths), width)
-    shape = {
-        "halves": (2, num_blocks, block, kv_heads, head_size),
-        "pairs": (num_blocks, 2, block, kv_heads, head_size),
-        "heads first": (2, num_blocks, kv_heads, block, head_size),
-    }
-    arrangement = draw(st.sampled_from(sorted(shape)))
-    # A float8 NaN is made as a byte: not every torch fills float8 tensors.
-    cache = torch.full(shape[arrangement], 0x7F, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
-    if not fp8:
-        cache = cache.to(dtype)
-    if arrangement == "pairs":
-        cache = cache.transpose(0, 1)
-    elif arrangement == "heads first":
-        cache = cache.transpose(2, 3)
+
+    def empty(arrangement: str, *halves: int) -> torch.Tensor:
+        heads_first = arrangement == "heads first"
+        shape = (num_blocks, kv_heads, block, head_size) if heads_first else (num_blocks, block, kv_heads, head_size)
+        # A float8 NaN is made as a byte: not every torch fills float8 tensors.
+        full = torch.full((*halves, *shape), 0x7F, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+        full = full if fp8 else full.to(dtype)
+        return full.transpose(-3, -2) if heads_first else full
+
+    arrangement = draw(st.sampled_from(["halves", "pairs", "heads first", "apart"]))
+    if arrangement == "apart":
+        cache = [empty("halves"), empty("heads first")]
+    elif arrangement == "pairs":
+        cache = list(empty("halves", 2).reshape(num_blocks, 2, block, kv_heads, head_size).unbind(1))
+    else:
+        cache = list(empty(arrangement, 2))
     for request, pair in enumerate(tokens):
         for half, values in enumerate(pair):
             for first in range(0, len(values), block):
