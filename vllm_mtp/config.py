@@ -73,10 +73,9 @@ class ServingOptions(StrictModel):
     adapter: str
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)]
     layout: Layout = "auto"
+    """auto: measured while serving (`load.LayoutChooser`), plain decoding included."""
     candidates: Annotated[int, Field(ge=1)] = 32
     """C: how many of the plain head's best tokens the sampler head scores for each mask state. At least the vocabulary: all."""
-    auto_rows: Annotated[int, Field(ge=1)] = 25
-    """Rows a step (real and mask rows) that layout `auto` fills: the batch size chooses the richest comb within it."""
 
     @field_validator("layout", mode="before")
     @classmethod

@@ -163,8 +163,6 @@ class Expansion:
             return None, step.request_len
         assert self.attention is not None
         k, prefix_len = len(step.lengths) - 1, groups.prefix_len(step.request_len)
-        self.attention.begin(
-            plan_forks(groups, step.request_len, prefix_len, step.block_table, self.block_size, self.scratch, k)
-        )
+        self.attention.begin(plan_forks(groups, step.request_len, prefix_len, step.block_table, self.block_size, self.scratch, k))
         self.rows.begin(num_real, num_real + groups.num_rows)
         return groups, groups.positions(prefix_len, self.max_model_len)

@@ -1,20 +1,34 @@
-"""Which layout a step uses: as many mask rows as its batch can carry.
+"""Which layout a step uses under `auto`: the one that has given the most tokens a second, at this batch size, on this machine.
 
-The mask rows of a comb are nearly free while a step is bound by reading weights and cost full price after that, so the layout gets
-thinner as the batch grows, down to no masks at all.
+Mask rows are nearly free while a step is bound by reading weights and cost full price after that; where that is depends on model, machine
+and batch, and what the rows are worth depends on the text. So both are measured while serving: each layout runs in bursts of steps,
+the best one most of the time and its rivals ever more rarely. The layout without mask rows, which is plain decoding, is one of them.
 """
+
+from dataclasses import dataclass, field
 
 from vllm_mtp.layout import group_lengths
 
+SETTLE = 2  # steps after a change that still verify, or pay for, what the layout before asked for
+BURST = 24
+TRIAL = 12  # steps of a burst that tries a rival
+FIRST_RETRY, LAST_RETRY = 8, 512  # bursts until a rival is tried again; doubled each time it loses
+MEMORY = 0.8  # what an older burst counts when a newer one of the same layout comes in
+HOPELESS = 0.85  # a layout slower than this share of the best is tried again rarely; if of a narrower one, no wider one is tried
+CLEARLY = 1.02  # a rival must be better by this factor to take over
 
-def layouts_by_richness(k: int) -> list[tuple[int, ...]]:
-    """The layouts that `auto` chooses from, richest first: full comb, shorter combs, then linear ones, then none.
 
-    All have 1 + k entries, so that a request may still verify k drafts of the step before.
+def candidate_layouts(k: int) -> list[tuple[int, ...]]:
+    """The layouts that `auto` chooses from, in order of their rows: none, then linear ones and combs of growing width.
+
+    All have 1 + k entries, so that a request may still verify the drafts of the step before.
     """
-    combs = [tuple(min(k, width) for _ in range(k + 1)) for width in range(k, 0, -1)]
-    none = (0,) * (k + 1)
-    return [group_lengths("quadratic", k), *combs[1:], none]
+    widths = [width for width in (1, 2, 4, 8, 16) if width < k] + [k]
+    combs = [tuple(width if drafts <= width else 0 for drafts in range(k + 1)) for width in widths]
+    linear = [tuple(width if drafts == width else 0 for drafts in range(k + 1)) for width in widths]
+    assert combs[-1] == group_lengths("quadratic", k)
+    layouts = {(0,) * (k + 1), *combs, *linear}
+    return sorted(layouts, key=lambda lengths: (rows_of(lengths), lengths))
 
 
 def rows_of(lengths: tuple[int, ...]) -> int:
@@ -23,9 +37,129 @@ def rows_of(lengths: tuple[int, ...]) -> int:
     return 1 + width + sum(lengths[: width + 1])
 
 
-def choose(num_requests: int, k: int, max_rows: int) -> tuple[int, ...]:
-    """The richest layout whose rows for `num_requests` decoding requests stay within `max_rows`."""
-    for lengths in layouts_by_richness(k):
-        if max(lengths) == 0 or num_requests * rows_of(lengths) <= max_rows:
-            return lengths
-    raise AssertionError("the layout without masks always fits")
+@dataclass
+class _Arm:
+    """What is known of one layout at one batch size."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    wait: int = FIRST_RETRY
+    due: int = 0
+    """Burst, counted at this batch size, at which it is tried again."""
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Bucket:
+    """The layouts at one batch size."""
+
+    arms: list[_Arm]
+    best: int
+    bursts: int = 0
+
+
+@dataclass
+class LayoutChooser:
+    """Chooses each step's layout from what the steps before it gave.
+
+    Args:
+        k: most drafts a request.
+        max_rows: rows of a request that the server has room for; richer layouts are left out.
+    """
+
+    k: int
+    max_rows: int
+    layouts: list[tuple[int, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        fitting = [lengths for lengths in candidate_layouts(self.k) if rows_of(lengths) <= self.max_rows]
+        self.layouts = fitting or [(0,) * (self.k + 1)]
+        self._buckets: dict[int, _Bucket] = {}
+        self._bucket = -1
+        self._arm = 0
+        self._left = self._settling = 0
+        self._tokens = self._seconds = 0.0
+
+    def choose(self, num_requests: int) -> tuple[int, ...]:
+        """The layout of a step with `num_requests` requests."""
+        bucket = (num_requests - 1).bit_length()
+        if bucket != self._bucket:
+            self._bucket = bucket
+            self._start()
+        return self.layouts[self._arm]
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Takes in a step that only decoded: tokens that it gave, and the time from the end of the step before to its own.
+
+        Steps with prompts in them, and those after an idle server, are not comparable and must not be given.
+        """
+        if self._settling:
+            self._settling -= 1
+            return
+        self._tokens += tokens
+        self._seconds += seconds
+        self._left -= 1
+        if self._left == 0:
+            self._finish()
+            self._start()
+
+    def best(self, num_requests: int) -> tuple[int, ...]:
+        """The layout that is best so far for `num_requests` requests."""
+        return self.layouts[self._known((num_requests - 1).bit_length()).best]
+
+    def _known(self, bucket: int) -> _Bucket:
+        if bucket not in self._buckets:
+            # The nearest batch size that is known is the best guess; an unknown server starts in the middle.
+            near = min(self._buckets, key=lambda other: abs(other - bucket), default=None)
+            best = self._buckets[near].best if near is not None else len(self.layouts) // 2
+            self._buckets[bucket] = _Bucket([_Arm() for _ in self.layouts], best)
+        return self._buckets[bucket]
+
+    def _start(self) -> None:
+        """Begins a burst of the best layout, or of a rival that is due."""
+        bucket = self._known(self._bucket)
+        before = self._arm
+        rivals = [i for i in self._rivals(bucket) if bucket.arms[i].due <= bucket.bursts]
+        if bucket.arms[bucket.best].seconds == 0 or not rivals:
+            self._arm = bucket.best
+        else:
+            self._arm = min(rivals, key=lambda i: (bucket.arms[i].due, abs(i - bucket.best)))
+        self._left = BURST if self._arm == bucket.best else TRIAL
+        self._settling = SETTLE if self._arm != before else 0
+        self._tokens = self._seconds = 0.0
+
+    def _rivals(self, bucket: _Bucket) -> list[int]:
+        """Every layout but the best, less those that were never tried and are wider than one that lost by being too wide."""
+        tried = [(lengths, arm.rate) for lengths, arm in zip(self.layouts, bucket.arms, strict=True) if arm.seconds]
+
+        def too_wide(lengths: tuple[int, ...]) -> bool:
+            kin = sorted((max(other), rate) for other, rate in tried if not max(other) or bool(other[0]) == bool(lengths[0]))
+            narrower = [rate for width, rate in kin if width < max(lengths)]
+            return len(narrower) > 1 and narrower[-1] < HOPELESS * max(narrower)
+
+        return [
+            i
+            for i, (lengths, arm) in enumerate(zip(self.layouts, bucket.arms, strict=True))
+            if i != bucket.best and (arm.seconds or not too_wide(lengths))
+        ]
+
+    def _finish(self) -> None:
+        bucket = self._buckets[self._bucket]
+        arm, best = bucket.arms[self._arm], bucket.arms[bucket.best]
+        arm.tokens = MEMORY * arm.tokens + self._tokens
+        arm.seconds = MEMORY * arm.seconds + self._seconds
+        bucket.bursts += 1
+        if arm is best:
+            better = max(range(len(bucket.arms)), key=lambda i: bucket.arms[i].rate)
+            if bucket.arms[better].rate > CLEARLY * best.rate:
+                bucket.best = better
+            return
+        if arm.rate > CLEARLY * best.rate:
+            bucket.best, arm.wait = self._arm, FIRST_RETRY
+            best.wait, best.due = FIRST_RETRY, bucket.bursts + FIRST_RETRY
+            return
+        arm.wait = min(LAST_RETRY, arm.wait * (8 if arm.rate < HOPELESS * best.rate else 2))
+        arm.due = bucket.bursts + arm.wait

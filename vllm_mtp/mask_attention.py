@@ -54,7 +54,13 @@ def _scratch_blocks(first: int, num_groups: int, per_fork: int, like: tuple[torc
 
 
 def plan_forks(
-    groups: Groups, request_len: torch.Tensor, prefix_len: torch.Tensor, block_table: torch.Tensor, block_size: int, scratch: int, k: int
+    groups: Groups,
+    request_len: torch.Tensor,
+    prefix_len: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    scratch: int,
+    k: int,
 ) -> Fork:
     """Block tables, copies and slots of a step; every shape follows from the step's shape, nothing is read back.
 

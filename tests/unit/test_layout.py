@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mtp.layout import Groups, group_lengths, plan_groups
-from vllm_mtp.load import choose, layouts_by_richness, rows_of
 from vllm_mtp.mask_attention import blocks_per_fork, plan_forks
 
 K = 4
@@ -115,12 +114,3 @@ def test_a_fork_holds_its_prefix_and_its_group(batch: Requests, lengths: tuple[i
         masks = range(groups.starts[g], groups.starts[g + 1])
         label = int(groups.request[g]) * 1000
         assert found == [label + p for p in range(int(prefix_len[g]))] + [100_000 + m for m in masks]
-
-
-def test_auto_gets_thinner_as_the_batch_grows_and_ends_without_masks() -> None:
-    chosen = [choose(batch, 8, 128) for batch in range(1, 200)]
-    richness = [layouts_by_richness(8).index(lengths) for lengths in chosen]
-    assert richness == sorted(richness)
-    assert chosen[0] == group_lengths("quadratic", 8)
-    assert max(chosen[-1]) == 0
-    assert all(batch * rows_of(lengths) <= 128 for batch, lengths in enumerate(chosen, 1) if max(lengths))

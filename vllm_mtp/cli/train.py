@@ -44,6 +44,8 @@ def train(
     position_decay: Annotated[float, typer.Option(help="Mask token i counts this to the power of i - 1.")] = 1.0,
     on_policy: Annotated[float, typer.Option(help="Share of sequences that the base continued itself.")] = 0.5,
     on_policy_sequences: Annotated[int, typer.Option(help="How many such sequences to generate first.")] = 4096,
+    on_policy_engine: Annotated[str, typer.Option(help="What continues them: vllm, transformers, or auto.")] = "auto",
+    init_adapter: Annotated[Path | None, typer.Option(help="Start from this adapter instead of from nothing.")] = None,
     sampler: Annotated[bool, typer.Option(help="Train a sampler head.")] = True,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes to start, then a third faster.")] = False,
     eval_steps: Annotated[int | None, typer.Option(help="Evaluate every so many steps, not only at the end.")] = None,

@@ -82,6 +82,8 @@ class MaskTokenProposer:
         self.drafter = self._drafter(target, adapter, dtype, device)
         layout = self.options.layout
         self.fixed_lengths = None if layout == "auto" else group_lengths(layout, self.k)
+        self.chooser = load.LayoutChooser(self.k, max_rows)
+        self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
         self.runner: Any = None
 
     def _drafter(self, target: Any, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Drafter:
@@ -182,7 +184,7 @@ class MaskTokenProposer:
     # -- a step --------------------------------------------------------------------------------------------------
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
-        return self.fixed_lengths or load.choose(num_requests, self.k, self.options.auto_rows)
+        return self.fixed_lengths or self.chooser.choose(num_requests)
 
     def _warming_up(self) -> bool:
         from vllm.forward_context import get_forward_context
@@ -233,6 +235,14 @@ class MaskTokenProposer:
             ),
         )
 
+    def _observe(self, now: float, sampled_token_ids: list[list[int]]) -> None:
+        """Tells the chooser of layouts what the step gave, if it and the step before it decoded for the same requests."""
+        before, requests = self.last_step
+        running = tuple(self.runner.input_batch.req_ids)
+        self.last_step = now, running if all(sampled_token_ids) else ()
+        if running == requests:
+            self.chooser.observe(sum(map(len, sampled_token_ids)), now - before)
+
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None
     ) -> list[list[int]]:
@@ -242,6 +252,8 @@ class MaskTokenProposer:
             sampled_token_ids: what each request's rows gave this step, accepted drafts and one token more; empty for prompt chunks.
         """
         begin = time.perf_counter()
+        if self.fixed_lengths is None:
+            self._observe(begin, sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         states = self.expansion.last
         if states is None:

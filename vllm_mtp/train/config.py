@@ -65,6 +65,11 @@ class TrainConfig(StrictModel):
     on_policy_sequences: Positive = 4096
     on_policy_greedy: Annotated[float, Field(ge=0, le=1)] = 0.75
     """Share of the continuations decoded greedily; the rest are sampled at temperature 1."""
+    on_policy_engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What continues the prompts; auto: vLLM where it is installed."""
+
+    init_adapter: Path | None = None
+    """Start from this adapter of the same shape instead of from nothing."""
 
     bf16: bool = True
     compile: bool = False

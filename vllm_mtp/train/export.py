@@ -9,7 +9,7 @@ import transformers
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from vllm_mtp.adapter import LoRAWeights, base_facts, check_base, read_adapter, write_adapter
+from vllm_mtp.adapter import Adapter, LoRAWeights, base_facts, check_base, read_adapter, write_adapter
 from vllm_mtp.config import AdapterConfig, SamplerConfig
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.model import MaskedModel
@@ -64,13 +64,32 @@ def from_adapter(base: Path, folder: Path) -> MaskedModel:
         sampler_residual=adapter.config.sampler is None or adapter.config.sampler.residual,
     )
     model = MaskedModel(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    tensors = {name: torch.zeros_like(tensor) for name, tensor in model.trainable().items()}
-    for name, weights in adapter.lora.items():
-        for x, tensor in (("A", weights.a), ("B", weights.b * weights.scale)):
-            own = tensors[f"student.base_model.model.{name}.lora_{x}.default.weight"]
-            own[tuple(map(slice, tensor.shape))] = tensor  # a module of smaller rank is padded with zeros
-    tensors["mask_embeddings"] = adapter.mask_embeddings.float()
-    if adapter.sampler is not None:
-        tensors |= {f"sampler.{name}": tensor.float() for name, tensor in adapter.sampler.state_dict().items()}
-    model.load_trainable(tensors)
+    load_adapter(model, adapter)
     return model
+
+
+@torch.no_grad()
+def load_adapter(model: MaskedModel, adapter: Adapter) -> None:
+    """Sets what is trained to an adapter's weights; where a tensor of the model is larger, zeros stand behind them.
+
+    Raises:
+        ValueError: the adapter has other modules, more mask tokens or larger tensors than the model.
+    """
+    own = {name: torch.zeros_like(tensor) for name, tensor in model.trainable().items()}
+    prefix = "student.base_model.model."
+    scales = {
+        name.removeprefix("base_model.model."): layer.scaling["default"]
+        for name, layer in model.student.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    given = {"mask_embeddings": adapter.mask_embeddings}
+    for name, weights in adapter.lora.items():
+        b = weights.b * (weights.scale / scales.get(name, 1.0))
+        given |= {f"{prefix}{name}.lora_{x}.default.weight": tensor for x, tensor in (("A", weights.a), ("B", b))}
+    if adapter.sampler is not None:
+        given |= {f"sampler.{name}": tensor for name, tensor in adapter.sampler.state_dict().items()}
+    for name, tensor in given.items():
+        if name not in own or any(had > has for had, has in zip(tensor.shape, own[name].shape, strict=True)):
+            raise ValueError(f"the adapter to start from does not fit: {name} is {tuple(tensor.shape)} there")
+        own[name][tuple(map(slice, tensor.shape))] = tensor.to(own[name].dtype)
+    model.load_trainable(own)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from vllm_mtp.adapter import fingerprint_folder
+from vllm_mtp.adapter import fingerprint_folder, read_adapter
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.data import DataError, Sequences, read_documents, token_stream
-from vllm_mtp.train.export import export
+from vllm_mtp.train.export import export, load_adapter
 from vllm_mtp.train.model import MaskedModel
 from vllm_mtp.train.on_policy import on_policy_sequences
 from vllm_mtp.train.trainer import Evaluation, MaskTrainer
@@ -46,6 +46,8 @@ def train(config: TrainConfig) -> Path:
     if window and window < config.length + config.mask_tokens and getattr(base.config, "use_sliding_window", True):
         raise DataError(f"length={config.length} is beyond the base's sliding window of {window} tokens: ask for a smaller length.")
     model, end = MaskedModel(base, config), tokenizer.eos_token_id
+    if config.init_adapter is not None:
+        load_adapter(model, read_adapter(config.init_adapter))
     stream = token_stream(tokenizer, read_documents(config.data), config.seed)
     data = Sequences(stream, None, config)  # finds too little data before the base generates for minutes
     data.on_policy = _on_policy(model, stream, end)
@@ -110,7 +112,9 @@ def _on_policy(model: MaskedModel, stream: torch.Tensor, end: int | None) -> dic
     if config.on_policy == 0:
         return None
     path = config.output / "on_policy.safetensors"
-    settings = config.model_dump(mode="json", include={"on_policy_sequences", "on_policy_greedy", "length", "seed"})
+    settings = config.model_dump(
+        mode="json", include={"on_policy_sequences", "on_policy_greedy", "on_policy_engine", "length", "seed"}
+    )
     made_for = json.dumps({**settings, "base": fingerprint_folder(config.base), "tokens": len(stream)})
     if path.exists():
         with safe_open(path, "pt") as file:

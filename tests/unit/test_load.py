@@ -1,0 +1,100 @@
+"""The choice of layouts against a simulated server whose costs and acceptance are known."""
+
+import random
+
+import pytest
+
+from vllm_mtp.layout import group_lengths
+from vllm_mtp.load import LayoutChooser, candidate_layouts, rows_of
+
+K = 4
+PLAIN = (0,) * (K + 1)
+
+
+class Server:
+    """Steps cost a fixed time and a time for each row; a draft is accepted with one probability, as long as all before it were."""
+
+    def __init__(self, row_cost: float, acceptance: float, seed: int = 0) -> None:
+        self.row_cost, self.acceptance, self.random = row_cost, acceptance, random.Random(seed)
+
+    def seconds(self, lengths: tuple[int, ...], requests: int) -> float:
+        return 1.0 + self.row_cost * (rows_of(lengths) if max(lengths) else 1) * requests
+
+    def accepted(self, drafts: int) -> int:
+        count = 0
+        while count < drafts and self.random.random() < self.acceptance:
+            count += 1
+        return count
+
+    def rate(self, lengths: tuple[int, ...], requests: int) -> float:
+        """Expected tokens a second of a comb or of no masks."""
+        tokens = sum(self.acceptance**i for i in range(max(lengths) + 1))
+        return tokens * requests / self.seconds(lengths, requests)
+
+    def run(self, chooser: LayoutChooser, requests: int, steps: int) -> tuple[int, float]:
+        """Tokens and seconds of `steps` steps."""
+        tokens, seconds, drafts = 0, 0.0, [0] * requests
+        for _ in range(steps):
+            lengths = chooser.choose(requests)
+            accepted = [self.accepted(count) for count in drafts]
+            given, cost = sum(accepted) + requests, self.seconds(lengths, requests) * self.random.uniform(0.95, 1.1)
+            chooser.observe(given, cost)
+            drafts = [lengths[count] or (max(lengths) if count == d < K else 0) for count, d in zip(accepted, drafts, strict=True)]
+            tokens, seconds = tokens + given, seconds + cost
+        return tokens, seconds
+
+
+COMBS = [lengths for lengths in candidate_layouts(K) if len(set(lengths) - {0}) <= 1 and (lengths[0] or not any(lengths))]
+
+
+@pytest.mark.parametrize("requests", [1, 16])
+@pytest.mark.parametrize("row_cost", [0.0, 0.002, 0.02, 0.2])
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.9])
+def test_the_best_layout_is_found_and_exploration_costs_little(requests: int, row_cost: float, acceptance: float) -> None:
+    server, chooser = Server(row_cost, acceptance), LayoutChooser(K, 1000)
+    server.run(chooser, requests, 600)
+    tokens, seconds = server.run(chooser, requests, 3000)
+    assert tokens / seconds > 0.93 * max(server.rate(lengths, requests) for lengths in COMBS)
+
+
+def test_where_drafts_are_worthless_it_becomes_plain_decoding_and_stays_close_to_it() -> None:
+    server, chooser = Server(0.05, 0.0), LayoutChooser(K, 1000)
+    server.run(chooser, 4, 1000)
+    assert chooser.best(4) == PLAIN
+    _, seconds = server.run(chooser, 4, 4000)
+    assert seconds < 1.01 * 4000 * server.seconds(PLAIN, 4) * 1.025
+
+
+def test_it_comes_back_when_drafts_become_worth_their_rows_again() -> None:
+    server, chooser = Server(0.01, 0.0), LayoutChooser(K, 1000)
+    server.run(chooser, 1, 2000)
+    assert chooser.best(1) == PLAIN
+    server.acceptance = 0.9
+    server.run(chooser, 1, 20_000)
+    assert max(chooser.best(1)) > 1
+
+
+def test_batch_sizes_are_told_apart() -> None:
+    server, chooser = Server(0.02, 0.7), LayoutChooser(K, 1000)
+    for _ in range(20):
+        server.run(chooser, 1, 200)
+        server.run(chooser, 32, 200)
+    assert rows_of(chooser.best(32)) < rows_of(chooser.best(1))
+
+
+def test_layouts_beyond_the_room_are_never_chosen() -> None:
+    server, chooser = Server(0.0, 1.0), LayoutChooser(K, 10)
+    seen = set()
+    for _ in range(500):
+        seen.add(chooser.choose(1))
+        server.run(chooser, 1, 1)
+    assert max(map(rows_of, seen)) <= 10
+    assert len(seen) > 1
+
+
+def test_the_candidates_hold_plain_decoding_and_the_full_comb() -> None:
+    layouts = candidate_layouts(8)
+    assert layouts[0] == (0,) * 9
+    assert layouts[-1] == group_lengths("quadratic", 8)
+    assert [rows_of(lengths) for lengths in layouts] == sorted(map(rows_of, layouts))
+    assert all(len(lengths) == 9 for lengths in layouts)
