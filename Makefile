@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check venv clean
+.PHONY: demo test test-full check venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -11,6 +11,9 @@ demo: $(STAMP)
 
 test: check
 	$(BIN)/python -m pytest -q
+
+test-full: $(STAMP)
+	$(BIN)/python -m pytest -q -m "full or not full"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,6 +6,9 @@
 `v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache` (when selected, in workers; 0.32)
     Scratch blocks behind the scheduler's, and the runner's batch for the drafter: a custom proposer is given neither. Until a
     proposer may reserve blocks and is given its runner.
+`v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs` (when selected, in workers; 0.32)
+    A step in which no request has a draft is prepared and sampled as in plain vLLM. The runner asks only whether speculation is
+    configured, and then runs the verification of nothing: a third of a small model's step. Until it looks at the step's drafts.
 `v1.worker.cpu_worker.CPUWorker.determine_available_memory` (when selected, in CPU workers; 0.32)
     The memory of the scratch blocks comes off what the scheduler may use. Until the same.
 `v1.sample.rejection_sampler.expand_batch_to_tokens` (when selected, in CPU workers; 0.32)
@@ -73,6 +76,7 @@ def hook_runner() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     _wrap_initialize_kv_cache(GPUModelRunner)
+    _wrap_prepare_inputs(GPUModelRunner)
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -102,6 +106,25 @@ def _wrap_initialize_kv_cache(runner_class: Any) -> None:
 
     initialize_kv_cache.vllm_mtp_original = original  # type: ignore[attr-defined]
     runner_class.initialize_kv_cache = initialize_kv_cache
+
+
+def _wrap_prepare_inputs(runner_class: Any) -> None:
+    original = runner_class._prepare_inputs
+    if hasattr(original, "vllm_mtp_original"):
+        return
+
+    @functools.wraps(original)
+    def _prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if _ours(self) is None or scheduler_output.scheduled_spec_decode_tokens:
+            return original(self, scheduler_output, *args, **kwargs)
+        configured, self.speculative_config = self.speculative_config, None
+        try:
+            return original(self, scheduler_output, *args, **kwargs)
+        finally:
+            self.speculative_config = configured
+
+    _prepare_inputs.vllm_mtp_original = original  # type: ignore[attr-defined]
+    runner_class._prepare_inputs = _prepare_inputs
 
 
 def _wrap_determine_available_memory(worker_class: Any) -> None:

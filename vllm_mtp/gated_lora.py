@@ -96,11 +96,10 @@ class GatedLinear:
         if n is None or n >= x.shape[0]:
             return self.base(layer, x, bias)
         masks = x[n:]
+        # Kernels for one row sum in another order than those for several; a lone real row must not feel its mask rows.
+        y = self.base(layer, x, bias)
         if n == 1:
-            # Kernels for one row sum in another order than those for several; a lone real row must not feel its mask rows.
-            y = torch.cat([self.base(layer, x[:1], bias), self.base(layer, masks, bias)])
-        else:
-            y = self.base(layer, x, bias)
+            y[:1] = self.base(layer, x[:1], bias)
         y[n:].add_(self.up(self.down(masks)))
         return y
 

@@ -49,8 +49,8 @@ class Groups:
         group_of_row: group of each mask row, [M].
         mask_index: which mask token stands in each mask row, 0 .. k - 1, [M].
         source_rows: rows of the step (real ones, then mask rows) whose K/V each group's own copy of the sequence end needs, [S].
-        written_rows: rows of the step whose K/V are written, real rows to where the engine wants them and source_rows to the groups'
-            copies, [N + S].
+        written_rows: rows of the step whose K/V are written, [N + S]: real rows to where the engine wants them, source_rows to the
+            groups' copies.
         written_group: group of each of them, [S].
         written_ahead: its position less the group's prefix length, [S].
         query_start: first row of each request and, behind them, of each group, and N + M at the end, [R + G + 1], int32.

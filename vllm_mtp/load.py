@@ -1,8 +1,9 @@
 """Which layout a step uses under `auto`: the one that has given the most tokens a second, at this batch size, on this machine.
 
-Mask rows are nearly free while a step is bound by reading weights and cost full price after that; where that is depends on model, machine
-and batch, and what the rows are worth depends on the text. So both are measured while serving: each layout runs in bursts of steps,
-the best one most of the time and its rivals ever more rarely. The layout without mask rows, which is plain decoding, is one of them.
+Mask rows are nearly free while a step is bound by reading weights and cost full price after that; where that is depends on model,
+machine and batch, and what the rows are worth depends on the text. So both are measured while serving: each layout runs in bursts
+of steps, the best one most of the time and its rivals ever more rarely. The layout without mask rows, plain decoding, is one of
+them.
 """
 
 from dataclasses import dataclass, field

@@ -2,8 +2,8 @@
 
 A group is a fork of its request: the request's full blocks, then scratch blocks that hold the rest of the prefix and the group's
 own K/V. A causal kernel over the fork lets a mask row see its prefix and its own group up to itself, nothing else. Requests and
-forks are the sequences of one call of the backend's kernel. The scratch blocks lie behind the blocks that the scheduler knows of and
-are written anew every step.
+forks are the sequences of one call of the backend's kernel. The scratch blocks lie behind the blocks that the scheduler knows of
+and are written anew every step.
 """
 
 from collections.abc import Callable

@@ -68,7 +68,10 @@ def new_model(intermediate_size: int = 1024) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def widened(folder: Path, intermediate_size: int) -> LlamaForCausalLM:
-    """The model of `folder` with more MLP neurons, whose outputs count nothing yet: the same function (Net2Net, arXiv 1511.05641)."""
+    """The model of `folder` with more MLP neurons, whose outputs count nothing yet: the same function.
+
+    Net2Net, arXiv 1511.05641.
+    """
     small, wide = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), new_model(intermediate_size)
     own = wide.state_dict()
     for name, tensor in small.state_dict().items():

@@ -34,7 +34,7 @@ def continuer(base: PreTrainedModel, end: int | None, config: TrainConfig) -> Co
     def continued(prompts: list[torch.Tensor], num_tokens: int, sample: bool) -> list[torch.Tensor]:
         temperature, top_k = (1.0, 0) if sample else (0.0, 0)
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=1.0, max_tokens=num_tokens, seed=None)
-        outputs = llm.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], params, use_tqdm=False)
+        outputs = llm.generate([prompt.tolist() for prompt in prompts], params, use_tqdm=False)
         return [
             torch.cat([prompt, prompt.new_tensor(list(output.outputs[0].token_ids))])
             for prompt, output in zip(prompts, outputs, strict=True)
