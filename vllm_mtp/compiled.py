@@ -10,7 +10,7 @@ def compiler(vllm_config: Any) -> Callable[[Any], Any] | None:
     """How to compile a function under this configuration; None where the engine runs eagerly.
 
     As vLLM does for its model (compilation/wrapper.py, TorchCompileWithNoGuardsWrapper): the whole function in one graph, traced
-    once, without guards. Its first call marks the dimensions that vary; what the function reads besides its arguments must not change.
+    once and without guards. The first call marks the dimensions that vary; what else the function reads must not change.
     """
     from vllm.config import CompilationMode
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.unit.tiny_models import as_adapter, tiny_base, tiny_config, tiny_masked_model
 from vllm_mtp.reference import ReferenceModel
+from vllm_mtp.train.export import load_adapter
 from vllm_mtp.train.model import MaskedModel
 
 
@@ -122,6 +123,24 @@ def test_gradient_of_the_packed_loss_is_its_slope() -> None:
                 losses.append(model(**inputs)["loss"].item())
                 parameter.add_(direction, alpha=-step)
         assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(parameter.grad.norm().item(), rel=1e-2)
+
+
+def test_a_start_from_an_adapter_computes_what_the_adapter_does_also_at_a_larger_rank() -> None:
+    inputs = batch([20, 14])
+    model = tiny_masked_model(tiny_config(), tiny_base())
+    expected = model.states(inputs["input_ids"], inputs["prefix_lengths"])[1]
+    for rank in (4, 6):
+        started = MaskedModel(tiny_base(), tiny_config(rank=rank, alpha=rank))
+        load_adapter(started, as_adapter(model))
+        found = started.states(inputs["input_ids"], inputs["prefix_lengths"])[1]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"mask_tokens": 2}, {"sampler": False}])
+def test_a_start_from_an_adapter_that_does_not_fit_is_refused(options: dict[str, object]) -> None:
+    adapter = as_adapter(tiny_masked_model(tiny_config(), tiny_base()))
+    with pytest.raises(ValueError, match="does not fit"):
+        load_adapter(MaskedModel(tiny_base(), tiny_config(**options)), adapter)
 
 
 def test_position_decay_weighs_the_first_mask_tokens_more() -> None:

@@ -44,6 +44,7 @@ def tiny_config(**options: object) -> TrainConfig:
         "batch_size": 2,
         "steps": 4,
         "on_policy": 0.0,
+        "on_policy_engine": "transformers",
         "bf16": False,
     }
     return TrainConfig.model_validate({**defaults, **options})

@@ -1,5 +1,6 @@
 """Sequences that the base itself continued: what it will be served on, and so what drafts are checked against."""
 
+import gc
 import importlib.util
 from collections.abc import Callable, Iterator
 
@@ -103,6 +104,8 @@ def on_policy_sequences(
                 sequences.append(sequence)
                 prompt_lengths.append(length)
         yield min(len(sequences), config.on_policy_sequences)
+    del continued
+    gc.collect()  # ends an engine's processes before training wants the cores
     torch.random.set_rng_state(random)
     keep = config.on_policy_sequences
     padded = torch.stack([torch.cat([s, s.new_zeros(T - len(s))]) for s in sequences[:keep]])

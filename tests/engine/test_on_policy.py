@@ -1,0 +1,41 @@
+"""The base's own continuations through vLLM: what an adapter is trained on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.unit.tiny_models import save_tiny_base, tiny_base, tiny_config
+from vllm_mtp import demo
+from vllm_mtp.train.on_policy import continuer, on_policy_sequences
+
+from .conftest import Engines
+
+pytestmark = pytest.mark.engine
+
+
+def test_vllm_continues_every_prompt_within_the_length(engines: Engines) -> None:
+    engines.close()  # one engine lives at a time
+    config = tiny_config(
+        base=demo.BASE, length=48, on_policy=1.0, on_policy_engine="vllm", on_policy_sequences=40, on_policy_greedy=0.5
+    )
+    stream = torch.randint(2, 2000, (400,))
+    *progress, data = on_policy_sequences(tiny_base(), stream, 1, config)
+    assert progress[-1] == 40
+    assert isinstance(data, dict)
+    for ids, length, prompt in zip(data["input_ids"], data["lengths"].tolist(), data["prompt_lengths"].tolist(), strict=True):
+        assert any(torch.equal(ids[:prompt], window) for window in stream.unfold(0, prompt, 1))
+        assert prompt + 2 <= length <= 48
+        assert length == 48 or ids[length - 1] == 1
+        assert 1 not in ids[prompt : length - 1]
+    assert len(data["input_ids"]) == 40
+
+
+def test_without_vllm_transformers_continues(tmp_path: Path) -> None:
+    save_tiny_base(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    continued = continuer(base, 1, tiny_config(base=tmp_path, on_policy_engine="transformers"))
+    (out,) = continued([torch.arange(5, 12)], 6, False)
+    assert out[:7].tolist() == list(range(5, 12))
+    assert len(out) <= 13
