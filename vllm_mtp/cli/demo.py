@@ -17,7 +17,7 @@ from vllm_mtp.cli.show import print_completion, print_error, print_table
 from vllm_mtp.demo import prompts as held_out_prompts
 
 CONCURRENCIES = (1, 16)
-PROMPTS_BY_CONCURRENCY = {1: 8, 16: 32}
+PROMPTS_BY_CONCURRENCY = {1: 24, 16: 64}
 NUM_FLOAT32_PROMPTS = 16
 DEFAULT_DRAFTS = 4  # what a CPU carries best; a larger comb's rows cost more than their drafts save
 
