@@ -1,4 +1,4 @@
-"""The whole matrix of losslessness: 100 prompts of 128 tokens in every mode. Takes half an hour; `make test-full` runs it. fp32."""
+"""The whole matrix of losslessness: 100 prompts of 128 tokens in every mode. Takes an hour; `make test-full` runs it. fp32."""
 
 from collections.abc import Callable
 from pathlib import Path
