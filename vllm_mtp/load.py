@@ -113,10 +113,15 @@ class LayoutChooser:
 
     def _known(self, bucket: int) -> _Bucket:
         if bucket not in self._buckets:
-            # The nearest batch size that is known is the best guess; an unknown server starts in the middle.
-            near = min(self._buckets, key=lambda other: abs(other - bucket), default=None)
-            best = self._buckets[near].best if near is not None else len(self.layouts) // 2
-            self._buckets[bucket] = _Bucket([_Arm() for _ in self.layouts], best)
+            nearest = min(self._buckets, key=lambda other: abs(other - bucket), default=None)
+            if nearest is None:  # an unknown server starts in the middle
+                self._buckets[bucket] = _Bucket([_Arm() for _ in self.layouts], len(self.layouts) // 2)
+            else:
+                # The nearest batch size is the best guess, also of what is not worth trying soon; plain decoding always is.
+                near = self._buckets[nearest]
+                waits = [arm.wait if arm.seconds else FIRST_RETRY**2 for arm in near.arms]
+                arms = [_Arm(wait=wait, due=wait // 4 if i and wait > FIRST_RETRY else 0) for i, wait in enumerate(waits)]
+                self._buckets[bucket] = _Bucket(arms, near.best)
         return self._buckets[bucket]
 
     def _start(self) -> None:

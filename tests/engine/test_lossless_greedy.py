@@ -36,6 +36,18 @@ def test_other_layouts(engines: Engines, prompts: list[str], plain: Plain, layou
     assert engines(speculative(demo.ADAPTER, 4, layout)).greedy(prompts[:24], 128) == expected
 
 
+def test_steps_without_drafts_are_not_verified(
+    engines: Engines, prompts: list[str], plain: Plain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain(100, 128)[:12]
+    engine, verifications = engines(speculative(demo.ADAPTER, 4, (0,) * 5)), []
+    verify = engine.runner.rejection_sampler.forward
+    monkeypatch.setattr(engine.runner.rejection_sampler, "forward", lambda *a, **k: (verifications.append(1), verify(*a, **k))[1])
+    assert engine.greedy(prompts[:12], 128) == expected
+    assert not verifications
+    assert engine.proposer.expansion.counters.mask_rows == 0
+
+
 @pytest.mark.parametrize("candidates", [1, 4096])
 def test_candidates_change_drafts_only(engines: Engines, prompts: list[str], plain: Plain, candidates: int) -> None:
     expected = plain(100, 128)[:12]

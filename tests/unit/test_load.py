@@ -82,6 +82,17 @@ def test_batch_sizes_are_told_apart() -> None:
     assert rows_of(chooser.best(32)) < rows_of(chooser.best(1))
 
 
+def test_a_new_batch_size_does_not_begin_with_layouts_that_are_hopeless_at_the_next_one() -> None:
+    server, chooser = Server(0.2, 0.3), LayoutChooser(K, 1000)
+    server.run(chooser, 8, 2000)
+    assert chooser.best(8) == PLAIN
+    masked = 0
+    for _ in range(300):
+        masked += chooser.choose(3) != PLAIN
+        server.run(chooser, 3, 1)
+    assert masked < 20
+
+
 def test_layouts_beyond_the_room_are_never_chosen() -> None:
     server, chooser = Server(0.0, 1.0), LayoutChooser(K, 10)
     seen = set()
