@@ -6,13 +6,16 @@ with L the prefix length of i's group. The groups of a request are forks of one 
 cache together, once, and their own K/V never enter it. The tree mask follows from group numbers and prefix lengths.
 """
 
+from typing import Any
+
 import torch
 
 from ..dispatch import runs_triton
+from .inputs import CombInputs
 from .layout import CombLayout
 from .reference import comb_attention_reference
 
-__all__ = ["CombLayout", "comb_attention_", "comb_attention_reference"]
+__all__ = ["CombInputs", "CombLayout", "comb_attention_", "comb_attention_reference"]
 
 
 def comb_attention_(
@@ -68,12 +71,12 @@ def comb_attention_(
         torch.Size([4, 2, 16])
     """
     key_cache, value_cache = _floats(key_cache), _floats(value_cache)
-    _check(out, q, k, v, key_cache, value_cache, block_table, layout, sinks)
-    torch.ops.vllm_mtp.comb_attention_(
-        out, q, k, v, key_cache, value_cache, block_table,
-        layout.prefix_len, layout.group_start, layout.group_of_row, layout.row_start, layout.max_rows,
-        scale, window, softcap, sinks, k_scale, v_scale,
-    )  # fmt: skip
+    CombInputs(
+        q, k, v, key_cache, value_cache, block_table, layout, scale, window, softcap, sinks, k_scale, v_scale
+    ).check(out)  # fmt: skip
+    options = (scale, window, softcap, sinks, k_scale, v_scale)
+    groups = (layout.prefix_len, layout.group_start, layout.group_of_row, layout.row_start, layout.max_rows)
+    torch.ops.vllm_mtp.comb_attention_(out, q, k, v, key_cache, value_cache, block_table, *groups, *options)
     return out
 
 
@@ -82,64 +85,16 @@ def _floats(cache: torch.Tensor) -> torch.Tensor:
     return cache.view(torch.float8_e4m3fn) if cache.dtype == torch.uint8 else cache
 
 
-def _check(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    layout: CombLayout,
-    sinks: torch.Tensor | None,
-) -> None:
-    kv_heads, head_size = k.shape[1], q.shape[2]
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or {k.dtype, v.dtype, out.dtype} != {q.dtype}:
-        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype} and out {out.dtype} must be one float type")
-    if q.shape[1] % kv_heads or k.shape != v.shape or k.shape != (q.shape[0], kv_heads, head_size) or out.shape != q.shape:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and out {tuple(out.shape)} do not fit")
-    if head_size > 256:
-        raise ValueError(f"head size {head_size} is above 256; such layers must run as forked sequences")
-    for cache in (key_cache, value_cache):
-        if cache.dim() != 4 or cache.shape[2:] != (kv_heads, head_size) or cache.stride(3) != 1:
-            raise ValueError(f"cache {tuple(cache.shape)} is not [blocks, block, {kv_heads}, {head_size}] with contiguous heads")
-        if cache.dtype != q.dtype and cache.element_size() != 1:
-            raise ValueError(f"a cache of {cache.dtype} does not serve queries of {q.dtype}")
-    if layout.row_start.shape[0] != block_table.shape[0] + 1:
-        raise ValueError(f"{layout.row_start.shape[0] - 1} requests in the layout, {block_table.shape[0]} in the block table")
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(f"sinks {tuple(sinks.shape)} must be [{q.shape[1]}]")
-
-
-def _comb_attention_(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    prefix_len: torch.Tensor,
-    group_start: torch.Tensor,
-    group_of_row: torch.Tensor,
-    row_start: torch.Tensor,
-    max_rows: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-) -> None:
-    layout = CombLayout(prefix_len, group_start, group_of_row, row_start, max_rows)
-    given = (q, k, v, key_cache, value_cache, block_table, layout, scale, window, softcap, sinks, k_scale, v_scale)
-    if runs_triton(q):
+def _comb_attention_(out: torch.Tensor, *given: Any) -> None:
+    """The operation; `given` is in the order of its schema, which has the layout's fields in the layout's place."""
+    inputs = CombInputs(*given[:6], CombLayout(*given[6:11]), *given[11:])
+    if runs_triton(out):
         from .triton import launch
 
-        launch(out, *given)
+        launch(out, inputs)
         return
-    rows = int(row_start[-1])
-    out[:rows] = comb_attention_reference(*given)[:rows]
+    rows = int(inputs.layout.row_start[-1])
+    out[:rows] = comb_attention_reference(inputs)[:rows]
 
 
 def _comb_attention_fake_(*_: object) -> None:

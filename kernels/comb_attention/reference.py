@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from .layout import CombLayout
+from .inputs import CombInputs
 
 
 def paged(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
@@ -13,22 +13,9 @@ def paged(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tenso
     return cache[blocks[position // cache.shape[1]].long(), position % cache.shape[1]]
 
 
-def comb_attention_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    layout: CombLayout,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """out [M, H, D]; arguments as `comb_attention_`. Rows of no group are zero. Reads the layout on the host."""
+def comb_attention_reference(inputs: CombInputs) -> torch.Tensor:
+    """out [M, H, D] of `comb_attention_`. Rows of no group are zero. Reads the layout on the host."""
+    q, k, v, layout, softcap, window = inputs.q, inputs.k, inputs.v, inputs.layout, inputs.softcap, inputs.window
     dtype, repeat = (q.dtype if q.dtype == torch.float64 else torch.float32), q.shape[1] // k.shape[1]
     out, row_start = torch.zeros_like(q), layout.row_start.tolist()
     request = 0
@@ -37,18 +24,22 @@ def comb_attention_reference(
             continue
         while row_start[request + 1] <= first:
             request += 1
-        keys = paged(key_cache, block_table[request], length).to(dtype) * (1 if k_scale is None else k_scale)
-        values = paged(value_cache, block_table[request], length).to(dtype) * (1 if v_scale is None else v_scale)
+        keys = paged(inputs.key_cache, inputs.block_table[request], length).to(dtype) * (
+            1 if inputs.k_scale is None else inputs.k_scale
+        )
+        values = paged(inputs.value_cache, inputs.block_table[request], length).to(dtype) * (
+            1 if inputs.v_scale is None else inputs.v_scale
+        )
         keys = torch.cat([keys, k[first:end].to(dtype)]).repeat_interleave(repeat, 1)
         values = torch.cat([values, v[first:end].to(dtype)]).repeat_interleave(repeat, 1)
-        scores = scale * torch.einsum("mhd,nhd->hmn", q[first:end].to(dtype), keys)
+        scores = inputs.scale * torch.einsum("mhd,nhd->hmn", q[first:end].to(dtype), keys)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         ahead = torch.arange(length, length + end - first, device=q.device)[:, None] - torch.arange(len(keys), device=q.device)
         seen = (ahead >= 0) & (ahead < window if window else True)
         scores = scores.masked_fill(~seen, -torch.inf)
-        if sinks is not None:  # a logit that takes part in the sum and has no value
-            scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, end - first, 1)], 2)
+        if inputs.sinks is not None:  # a logit that takes part in the sum and has no value
+            scores = torch.cat([scores, inputs.sinks.to(dtype)[:, None, None].expand(-1, end - first, 1)], 2)
         weights = scores.softmax(2)[:, :, : len(keys)]
         out[first:end] = torch.einsum("hmn,nhd->mhd", weights, values).to(q.dtype)
     return out

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..dispatch import num_sms
 from ..dot import dot
-from .layout import CombLayout
+from .inputs import CombInputs
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -240,24 +240,10 @@ def combine_kernel(
     tl.store(out_ptr + row.to(tl.int64) * stride_o + head[:, None] * stride_oh + d[None, :], out, mask=inside)
 
 
-def launch(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    layout: CombLayout,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    config: Config | None = None,
-) -> None:
-    """Writes out; arguments as `comb_attention_`, block sizes by `choose_config` where not given."""
+def launch(out: torch.Tensor, inputs: CombInputs, config: Config | None = None) -> None:
+    """Writes out as `comb_attention_` does; block sizes by `choose_config` where not given."""
+    q, k, v, layout, sinks = inputs.q, inputs.k, inputs.v, inputs.layout, inputs.sinks
+    key_cache, value_cache, block_table = inputs.key_cache, inputs.value_cache, inputs.block_table
     (rows, heads, head_size), kv_heads, requests = q.shape, k.shape[1], block_table.shape[0]
     if rows == 0 or layout.max_rows == 0 or requests == 0:
         return
@@ -272,13 +258,13 @@ def launch(
     lse = q.new_empty(splits if split else 0, rows, heads, dtype=torch.float32)
     comb_attention_kernel[(q_tiles * splits, kv_heads, requests)](
         target, lse, q, k, v, key_cache, value_cache, block_table,
-        layout.prefix_len, layout.group_start, layout.group_of_row, layout.row_start, sinks, k_scale, v_scale,
-        scale, softcap, window, rows, heads, q_tiles, splits,
+        layout.prefix_len, layout.group_start, layout.group_of_row, layout.row_start, sinks, inputs.k_scale, inputs.v_scale,
+        inputs.scale, inputs.softcap, inputs.window, rows, heads, q_tiles, splits,
         target.stride(0), target.stride(1), target.stride(2), q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), block_table.stride(0),
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         value_cache.stride(0), value_cache.stride(1), value_cache.stride(2),
-        SPLIT=split, WINDOW=window > 0, CAPPED=softcap > 0, REPEAT=repeat, BLOCK=block,
+        SPLIT=split, WINDOW=inputs.window > 0, CAPPED=inputs.softcap > 0, REPEAT=repeat, BLOCK=block,
         D=head_size, BD=bd, BQ=config.bq, BN=config.bn, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from vllm_mtp.kernels.comb_attention import CombLayout, comb_attention_reference
+from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout, comb_attention_reference
 
 from .conftest import DEVICE
 
@@ -44,7 +44,7 @@ class Case:
     def reference(self) -> torch.Tensor:
         """The reference in float64."""
         case = replace(self, q=self.q.double(), k=self.k.double(), v=self.v.double())
-        return comb_attention_reference(*case.given(), **self.options)
+        return comb_attention_reference(CombInputs(*case.given(), **self.options))
 
 
 @st.composite

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_mtp.kernels.comb_attention import CombLayout, comb_attention_, comb_attention_reference
+from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout, comb_attention_, comb_attention_reference
 from vllm_mtp.kernels.comb_attention.triton import Config, choose_config, launch
 
 from .comb_cases import Case, cases
@@ -48,9 +48,8 @@ def test_equals_the_formula(case: Case) -> None:
 def test_every_tile_and_split_does_its_part(case: Case, bq: int, bn: int, splits: int) -> None:
     if case.key_cache.dtype == torch.uint8:
         case.key_cache, case.value_cache = (c.view(torch.float8_e4m3fn) for c in (case.key_cache, case.value_cache))
-    out, given_ = poisoned(case), {"sinks": None, "k_scale": None, "v_scale": None, **case.options}
-    names = ("scale", "window", "softcap", "sinks", "k_scale", "v_scale")
-    launch(out, *case.given(), *(given_[name] for name in names), Config(bq, bn, 4, 2, splits))
+    out = poisoned(case)
+    launch(out, CombInputs(*case.given(), **case.options), Config(bq, bn, 4, 2, splits))
     assert_close(case, out)
 
 
@@ -74,7 +73,7 @@ def test_a_comb_of_eight_with_large_heads(head_size: int, heads: int, kv_heads: 
     call = comb(8, 500, head_size, heads, kv_heads, block=128)
     out = torch.full_like(call["q"], float("nan"))
     comb_attention_(out, **call)
-    expected = comb_attention_reference(**{**call, **{name: call[name].double() for name in "qkv"}})
+    expected = comb_attention_reference(CombInputs(**{**call, **{name: call[name].double() for name in "qkv"}}))
     assert ((out - expected).abs().max() / expected.abs().max()).item() <= 1e-5
 
 
@@ -94,7 +93,7 @@ def test_prefix_lengths_change_without_a_new_layout() -> None:
     for lengths in ([0, 1, 2], [15, 16, 17], [30, 31, 32]):
         call["layout"].prefix_len.copy_(torch.tensor(lengths))
         found = comb_attention_(torch.empty_like(call["q"]), **call)
-        expected = comb_attention_reference(**{**call, **{name: call[name].double() for name in "qkv"}})
+        expected = comb_attention_reference(CombInputs(**{**call, **{name: call[name].double() for name in "qkv"}}))
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +136,7 @@ def test_a_captured_graph_reads_prefix_lengths_anew() -> None:
         call["layout"].prefix_len.copy_(torch.arange(prefix, prefix + 5))
         out.fill_(float("nan"))
         graph.replay()
-        expected = comb_attention_reference(**{**call, **{name: call[name].double() for name in "qkv"}})
+        expected = comb_attention_reference(CombInputs(**{**call, **{name: call[name].double() for name in "qkv"}}))
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
 

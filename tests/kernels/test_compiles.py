@@ -10,7 +10,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_mtp.kernels.comb_attention import CombLayout
+from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout
 from vllm_mtp.kernels.comb_attention import triton as comb
 from vllm_mtp.kernels.gated_lora import triton as lora
 
@@ -125,8 +125,7 @@ def test_comb_attention(
     q, own = meta(rows, heads, head_size), meta(rows, kv_heads, head_size)
     paged, table = meta(4096, 16, kv_heads, head_size, dtype=cache), meta(1, 2048, dtype=torch.int32)
     scale = meta(1, dtype=torch.float32)
-    comb.launch(
-        torch.empty_like(q), q, own, own, paged, paged, table, layout, 0.1, 0, 0.0, None, scale, scale, config
-    )  # fmt: skip
+    inputs = CombInputs(q, own, own, paged, paged, table, layout, 0.1, k_scale=scale, v_scale=scale)
+    comb.launch(torch.empty_like(q), inputs, config)
     check(attend.compiled, tmp_path, instruction)
     check(combine.compiled, tmp_path, None)

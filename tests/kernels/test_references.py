@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_mtp.kernels.comb_attention import comb_attention_, comb_attention_reference
+from vllm_mtp.kernels.comb_attention import CombInputs, comb_attention_, comb_attention_reference
 from vllm_mtp.kernels.gated_lora import (
     LowRankSlices,
     gated_lora,
@@ -113,5 +113,5 @@ def test_rows_behind_the_last_request_are_not_written(case: Case) -> None:
     assert (out[case.num_rows :] == 7).all()
     assert not out[: case.num_rows].isnan().any()
     if case.key_cache.dtype != torch.uint8:
-        expected = comb_attention_reference(*case.given(), **case.options)[: case.num_rows]
+        expected = comb_attention_reference(CombInputs(*case.given(), **case.options))[: case.num_rows]
         torch.testing.assert_close(out[: case.num_rows], expected, rtol=1e-4, atol=1e-4)
