@@ -87,7 +87,8 @@ def _floats(cache: torch.Tensor) -> torch.Tensor:
 
 def _comb_attention_(out: torch.Tensor, *given: Any) -> None:
     """The operation; `given` is in the order of its schema, which has the layout's fields in the layout's place."""
-    inputs = CombInputs(*given[:6], CombLayout(*given[6:11]), *given[11:])
+    fields: list[Any] = [*given[:6], CombLayout(*given[6:11]), *given[11:]]
+    inputs = CombInputs(*fields)
     if runs_triton(out):
         from .triton import launch
 
