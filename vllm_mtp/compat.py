@@ -19,6 +19,7 @@ All wrappers are idempotent and hand through whatever is not ours.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 SUPPORTED_VLLM = ("0.32",)
@@ -40,11 +41,20 @@ def recognise_adapters() -> None:
     """Makes `--speculative-config '{"method": "mtp", "model": "<adapter>", ..}'` select us when that is an adapter of ours."""
     from vllm.engine.arg_utils import EngineArgs
 
-    original = EngineArgs.create_speculative_config
+    _replace(EngineArgs, "create_speculative_config", _create_speculative_config)
+
+
+def _replace(owner: Any, name: str, replacement: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Makes `owner.name` what `replacement` makes of the original; once, however often it is called."""
+    original = getattr(owner, name)
     if hasattr(original, "vllm_mtp_original"):
         return
+    new = functools.wraps(original)(replacement(original))
+    new.vllm_mtp_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, new)
 
-    @functools.wraps(original)
+
+def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         from vllm_mtp import selection
 
@@ -66,8 +76,7 @@ def recognise_adapters() -> None:
         finally:
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
 
-    create_speculative_config.vllm_mtp_original = original  # type: ignore[attr-defined]
-    EngineArgs.create_speculative_config = create_speculative_config  # type: ignore[method-assign]
+    return create_speculative_config
 
 
 def hook_runner() -> None:
@@ -75,12 +84,12 @@ def hook_runner() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    _wrap_initialize_kv_cache(GPUModelRunner)
-    _wrap_prepare_inputs(GPUModelRunner)
+    _replace(GPUModelRunner, "initialize_kv_cache", _initialize_kv_cache)
+    _replace(GPUModelRunner, "_prepare_inputs", _prepare_inputs_of_a_step_without_drafts)
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker
 
-        _wrap_determine_available_memory(CPUWorker)
+        _replace(CPUWorker, "determine_available_memory", _determine_available_memory)
         _replace_expand_batch_to_tokens()
 
 
@@ -90,12 +99,7 @@ def _ours(runner: Any) -> Any:
     return drafter if getattr(drafter, "is_mask_token_proposer", False) else None
 
 
-def _wrap_initialize_kv_cache(runner_class: Any) -> None:
-    original = runner_class.initialize_kv_cache
-    if hasattr(original, "vllm_mtp_original"):
-        return
-
-    @functools.wraps(original)
+def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         drafter = _ours(self)
         if drafter is None:
@@ -104,16 +108,10 @@ def _wrap_initialize_kv_cache(runner_class: Any) -> None:
         drafter.bind(self)
         return None
 
-    initialize_kv_cache.vllm_mtp_original = original  # type: ignore[attr-defined]
-    runner_class.initialize_kv_cache = initialize_kv_cache
+    return initialize_kv_cache
 
 
-def _wrap_prepare_inputs(runner_class: Any) -> None:
-    original = runner_class._prepare_inputs
-    if hasattr(original, "vllm_mtp_original"):
-        return
-
-    @functools.wraps(original)
+def _prepare_inputs_of_a_step_without_drafts(original: Callable[..., Any]) -> Callable[..., Any]:
     def _prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if _ours(self) is None or scheduler_output.scheduled_spec_decode_tokens:
             return original(self, scheduler_output, *args, **kwargs)
@@ -123,23 +121,16 @@ def _wrap_prepare_inputs(runner_class: Any) -> None:
         finally:
             self.speculative_config = configured
 
-    _prepare_inputs.vllm_mtp_original = original  # type: ignore[attr-defined]
-    runner_class._prepare_inputs = _prepare_inputs
+    return _prepare_inputs
 
 
-def _wrap_determine_available_memory(worker_class: Any) -> None:
-    original = worker_class.determine_available_memory
-    if hasattr(original, "vllm_mtp_original"):
-        return
-
-    @functools.wraps(original)
+def _determine_available_memory(original: Callable[..., Any]) -> Callable[..., Any]:
     def determine_available_memory(self: Any) -> int:
         available = original(self)
         drafter = _ours(self.model_runner)
         return available if drafter is None else drafter.without_scratch_memory(available, self.model_runner)
 
-    determine_available_memory.vllm_mtp_original = original  # type: ignore[attr-defined]
-    worker_class.determine_available_memory = determine_available_memory
+    return determine_available_memory
 
 
 def _replace_expand_batch_to_tokens() -> None:

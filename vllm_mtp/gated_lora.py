@@ -62,7 +62,7 @@ class GatedLinear:
     def __init__(
         self, layer: Any, slices: list[tuple[int, LowRank]], rows: RowSplit, linear: Callable[[torch.Tensor], Product]
     ) -> None:
-        self.rows, self.layer = rows, layer
+        self.rows = rows
         method = copy.copy(layer.quant_method)
         self.base: Callable[..., torch.Tensor] = layer.quant_method.apply
         device, dtype = next((p.device for p in layer.parameters()), torch.device("cpu")), layer.params_dtype
@@ -111,7 +111,7 @@ def plain_product(weight: torch.Tensor) -> Product:
 
 def install(
     target: torch.nn.Module, lora: dict[str, Any], rows: RowSplit, linear: Callable[[torch.Tensor], Product] = plain_product
-) -> list[GatedLinear]:
+) -> None:
     """Puts the LoRA beside every linear layer of `target` that it names.
 
     Args:
@@ -126,7 +126,7 @@ def install(
     from vllm.model_executor.layers.linear import LinearBase
 
     packed: dict[str, list[str]] = getattr(target, "packed_modules_mapping", {})
-    linears, unused = [], set(lora)
+    unused = set(lora)
     for name, layer in target.named_modules():
         if not isinstance(layer, LinearBase):
             continue
@@ -146,9 +146,8 @@ def install(
                 unused.discard(path)
             at += size
         if slices:
-            linears.append(GatedLinear(layer, slices, rows, linear))
+            GatedLinear(layer, slices, rows, linear)
     if unused:
         raise ValueError(
             f"the adapter has LoRA weights for modules that the served model does not have: {', '.join(sorted(unused)[:3])}"
         )
-    return linears

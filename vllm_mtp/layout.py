@@ -48,10 +48,9 @@ class Groups:
         start: first mask row of each group, counted from 0, and M at the end, [G + 1].
         group_of_row: group of each mask row, [M].
         mask_index: which mask token stands in each mask row, 0 .. k - 1, [M].
-        source_rows: rows of the step (real ones, then mask rows) whose K/V each group's own copy of the sequence end needs, [S].
-        written_rows: rows of the step whose K/V are written, [N + S]: real rows to where the engine wants them, source_rows to the
-            groups' copies.
-        written_group: group of each of them, [S].
+        written_rows: rows of the step whose K/V are written, [N + S]: the N real rows to where the engine wants them, and S rows
+            (real ones, then mask rows) to the groups' own copies of the sequence end.
+        written_group: group of each of those S, [S].
         written_ahead: its position less the group's prefix length, [S].
         query_start: first row of each request and, behind them, of each group, and N + M at the end, [R + G + 1], int32.
         longest_query: most rows that a request or a group has.
@@ -67,7 +66,6 @@ class Groups:
     start: torch.Tensor
     group_of_row: torch.Tensor
     mask_index: torch.Tensor
-    source_rows: torch.Tensor
     written_rows: torch.Tensor
     written_group: torch.Tensor
     written_ahead: torch.Tensor
@@ -170,7 +168,6 @@ def plan_groups(
         start=tensor(starts),
         group_of_row=tensor([group for group, wanted in enumerate(length) for _ in range(wanted)]),
         mask_index=tensor([m for wanted in length for m in range(wanted)]),
-        source_rows=tensor(source_rows),
         written_rows=tensor([*range(num_real), *source_rows]),
         written_group=tensor(written_group),
         written_ahead=tensor(written_ahead),

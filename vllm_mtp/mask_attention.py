@@ -18,7 +18,7 @@ from vllm_mtp.layout import Groups
 
 
 @dataclass(frozen=True)
-class Fork:
+class StepSequences:
     """The sequences of a step, shared by all layers: its R requests, and behind them G forks, one a group.
 
     Attributes:
@@ -61,7 +61,7 @@ def plan_forks(
     block_size: int,
     scratch: int,
     k: int,
-) -> Fork:
+) -> StepSequences:
     """Block tables, copies and slots of a step; every shape follows from the step's shape, nothing is read back.
 
     Args:
@@ -86,15 +86,16 @@ def plan_forks(
     for column in range(per_fork):
         forked.scatter_(1, full[:, None] + column if column else full[:, None], own[:, column, None])
     # The tokens of a fork that are not in full blocks of its request lie one after the other from its first scratch block on.
+    first = own[:, 0].long()
     offset = groups.written_ahead + (prefix_len - full * block_size)[groups.written_group]
-    slots = torch.where(offset < 0, -1, offset + (own[:, 0].long() * block_size)[groups.written_group])
-    return Fork(
+    slots = torch.where(offset < 0, -1, offset + (first * block_size)[groups.written_group])
+    return StepSequences(
         block_table=table,
         query_start=groups.query_start,
         seq_lens=torch.cat([request_len, prefix_len + groups.length]).int(),
         longest_query=groups.longest_query,
         copy_from=copy_from,
-        copy_to=own[:, 0].long(),
+        copy_to=first,
         written_rows=groups.written_rows,
         slots=slots,
     )
@@ -104,14 +105,14 @@ class ForkedSequences:
     """Runs the mask rows of every attention layer as forked sequences.
 
     Args:
-        build_metadata: makes the backend's own attention metadata for a `Fork` (vLLM: v1/attention/backend.py,
+        build_metadata: makes the backend's own attention metadata for a `StepSequences` (vLLM: v1/attention/backend.py,
             AttentionMetadataBuilder.build).
     """
 
-    def __init__(self, build_metadata: Callable[[Fork], Any]) -> None:
+    def __init__(self, build_metadata: Callable[[StepSequences], Any]) -> None:
         self.build_metadata = build_metadata
         self.kv_caches: torch.Tensor | None = None
-        self.fork: Fork | None = None
+        self.step: StepSequences | None = None
         self.metadata: Any = None
         self.slots: torch.Tensor | None = None
 
@@ -133,15 +134,15 @@ class ForkedSequences:
         shape, stride = (len(kv_caches), *first.shape), (steps.pop(), *first.stride())
         self.kv_caches = first.as_strided(shape, stride, first.storage_offset())
 
-    def begin(self, fork: Fork) -> None:
+    def begin(self, step: StepSequences) -> None:
         """Prepares a step: copies the partly filled blocks of all layers and builds the attention metadata of its sequences."""
         assert self.kv_caches is not None
-        self.kv_caches.index_copy_(1, fork.copy_to, self.kv_caches.index_select(1, fork.copy_from))
-        self.fork, self.metadata, self.slots = fork, self.build_metadata(fork), None
+        self.kv_caches.index_copy_(1, step.copy_to, self.kv_caches.index_select(1, step.copy_from))
+        self.step, self.metadata, self.slots = step, self.build_metadata(step), None
 
     def end(self) -> None:
         """Forgets the step."""
-        self.fork = self.metadata = self.slots = None
+        self.step = self.metadata = self.slots = None
 
     def wrap(self, impl: Any) -> None:
         """Makes one layer's attention implementation serve mask rows too (vLLM: v1/attention/backend.py, AttentionImpl).
@@ -153,13 +154,13 @@ class ForkedSequences:
         def do_kv_cache_update(
             layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
         ) -> None:
-            if self.fork is None:
+            if self.step is None:
                 # The CPU operation trusts key's row count, and would write past the end of `slots`.
                 write(layer, key[: slots.shape[0]], value[: slots.shape[0]], kv_cache, slots)
                 return
             if self.slots is None:  # the same in every layer
-                self.slots = torch.cat([slots, self.fork.slots.to(slots.dtype)])
-            rows = self.fork.written_rows
+                self.slots = torch.cat([slots, self.step.slots.to(slots.dtype)])
+            rows = self.step.written_rows
             write(layer, key.index_select(0, rows), value.index_select(0, rows), kv_cache, self.slots)
 
         def forward(
@@ -172,7 +173,7 @@ class ForkedSequences:
             output: torch.Tensor,
             **kwargs: Any,
         ) -> torch.Tensor:
-            if self.fork is not None and metadata is not None:
+            if self.step is not None and metadata is not None:
                 metadata = self.metadata
             return attend(layer, query, key, value, kv_cache, metadata, output=output, **kwargs)
 

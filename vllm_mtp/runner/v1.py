@@ -20,7 +20,7 @@ from vllm_mtp.cpu_memory import keep_freed_memory
 from vllm_mtp.drafter import Drafter, Sampler
 from vllm_mtp.expansion import EngineStep, Expansion
 from vllm_mtp.layout import group_lengths
-from vllm_mtp.mask_attention import Fork, ForkedSequences, blocks_per_fork
+from vllm_mtp.mask_attention import ForkedSequences, StepSequences, blocks_per_fork
 
 logger = init_logger("vllm.mtp")
 
@@ -65,7 +65,7 @@ class MaskTokenProposer:
             gated_lora.install(target, dict(adapter.lora), rows, linear)
         except ValueError as error:
             raise AdapterError(f"{self.options.adapter}: {error}") from None
-        self.attention = ForkedSequences(self._fork_metadata)
+        self.attention = ForkedSequences(self._attention_metadata)
         for module in target.modules():
             if isinstance(module, Attention):
                 self.attention.wrap(module.impl)
@@ -113,7 +113,10 @@ class MaskTokenProposer:
             return self.drafter
         draft = compile(self.drafter.__call__)
         embeddings = self.expansion.mask_embeddings
-        hidden, rows, sampled = embeddings.new_zeros(7, embeddings.shape[1]), embeddings.new_zeros(3, self.k).long(), None
+        hidden, rows = (
+            embeddings.new_zeros(7, embeddings.shape[1]),
+            torch.zeros(3, self.k, dtype=torch.long, device=embeddings.device),
+        )
         sampled = rows[:, 0].clone()
         for tensor in (hidden, rows, sampled):
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -215,22 +218,22 @@ class MaskTokenProposer:
         limit = state.sampling_params.max_tokens if state.sampling_params is not None else None
         return self.max_model_len if limit is None else min(self.max_model_len, state.num_prompt_tokens + limit)
 
-    def _fork_metadata(self, fork: Fork) -> Any:
+    def _attention_metadata(self, step: StepSequences) -> Any:
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        rows = fork.query_start
+        rows = step.query_start
         return self.builder.build(
             0,
             CommonAttentionMetadata(
                 query_start_loc=rows,
                 query_start_loc_cpu=rows.cpu(),
-                seq_lens=fork.seq_lens,
-                num_reqs=fork.seq_lens.shape[0],
+                seq_lens=step.seq_lens,
+                num_reqs=step.seq_lens.shape[0],
                 num_actual_tokens=int(rows[-1]),
-                max_query_len=fork.longest_query,
-                max_seq_len=int(fork.seq_lens.max()),
-                block_table_tensor=fork.block_table,
-                slot_mapping=fork.slots,
+                max_query_len=step.longest_query,
+                max_seq_len=int(step.seq_lens.max()),
+                block_table_tensor=step.block_table,
+                slot_mapping=step.slots,
                 causal=True,
             ),
         )
