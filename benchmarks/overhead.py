@@ -49,7 +49,7 @@ def main() -> None:
         },
     )
     executor: Any = llm.llm_engine.model_executor
-    expansion = executor.driver_worker.worker.model_runner.drafter.expansion
+    planner = executor.driver_worker.worker.model_runner.drafter.planner
     params = SamplingParams(temperature=0.0, max_tokens=options.max_tokens, ignore_eos=True)
     rows = []
     for concurrency in options.concurrency:
@@ -57,7 +57,7 @@ def main() -> None:
         llm.generate(prompts, params, use_tqdm=False)
         samples: dict[str, list[float]] = {"plan_ms": [], "glue_ms": [], "drafter_ms": [], "rows": []}
         for _ in range(options.rounds):
-            counters = expansion.counters = type(expansion.counters)()
+            counters = planner.counters = type(planner.counters)()
             llm.generate(prompts, params, use_tqdm=False)
             for name, total in (
                 ("plan_ms", 1e3 * counters.plan_time),

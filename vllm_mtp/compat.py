@@ -3,22 +3,35 @@
 `engine.arg_utils.EngineArgs.create_speculative_config` (at registration; 0.32)
     `method` is a closed list and `SpeculativeConfig` refuses unknown keys, so an adapter of ours is turned into `custom_class`
     before it is built. Until vLLM has a registry of speculative methods.
-`v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache` (when selected, in workers; 0.32)
-    Scratch blocks behind the scheduler's, and the runner's batch for the drafter: a custom proposer is given neither. Until a
-    proposer may reserve blocks and is given its runner.
-`v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs` (when selected, in workers; 0.32)
+
+Both runners, when selected, in workers (0.32):
+
+`v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache`, `v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache`
+    Scratch blocks behind the scheduler's, and the cache for the drafter: it is given neither. Until a drafter may reserve blocks.
+`v1.worker.gpu_worker.Worker.determine_available_memory`, `v1.worker.cpu_worker.CPUWorker.determine_available_memory`
+    The memory of the scratch blocks comes off what the scheduler may use. Until the same.
+
+V1 runner, when selected, in workers (0.32):
+
+`v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs`
     A step in which no request has a draft is prepared and sampled as in plain vLLM. The runner asks only whether speculation is
     configured, and then runs the verification of nothing: a third of a small model's step. Until it looks at the step's drafts.
-`v1.worker.cpu_worker.CPUWorker.determine_available_memory` (when selected, in CPU workers; 0.32)
-    The memory of the scratch blocks comes off what the scheduler may use. Until the same.
-`v1.sample.rejection_sampler.expand_batch_to_tokens` (when selected, in CPU workers; 0.32)
+`v1.sample.rejection_sampler.expand_batch_to_tokens` (CPU)
     The CPU build's `expand_kernel` writes into an int64 copy of its output, so temperature, top-p and top-k reach the rejection
     sampler uninitialised, and sampled output under any speculation has the wrong distribution. Until that kernel writes its output.
+
+V2 runner, when selected, in every process that holds the configuration (0.32):
+
+`v1.worker.gpu.model_runner.init_speculator`
+    Our speculator: the function is a chain of vLLM's own. Until it loads a class by name, as V1 does.
+`v1.worker.gpu.model_runner.GPUModelRunner.load_model`
+    The adapter goes into the loaded model: only speculators with a draft model are handed the target. Until all are.
 
 All wrappers are idempotent and hand through whatever is not ours.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -72,31 +85,74 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             None,
         )
         try:
-            return original(self, target_model_config, target_parallel_config)
+            config = original(self, target_model_config, target_parallel_config)
         finally:
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
+        return selection.for_v2_runner(config, options) if selection.runs_on_v2() else config
 
     return create_speculative_config
 
 
-def hook_runner() -> None:
+def hook_v1_runner() -> None:
     """Gives our proposer its scratch blocks and its runner; called once the proposer is selected, in the worker."""
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     _replace(GPUModelRunner, "initialize_kv_cache", _initialize_kv_cache)
     _replace(GPUModelRunner, "_prepare_inputs", _prepare_inputs_of_a_step_without_drafts)
+    _hook_worker()
     if current_platform.is_cpu():
-        from vllm.v1.worker.cpu_worker import CPUWorker
-
-        _replace(CPUWorker, "determine_available_memory", _determine_available_memory)
         _replace_expand_batch_to_tokens()
 
 
+def hook_v2_runner() -> None:
+    """Puts our speculator where vLLM chooses among its own; called once it is selected, in whatever process holds the
+    configuration, for the V2 runner imports no class by name."""
+    from vllm.v1.worker.gpu import model_runner
+
+    _replace(model_runner, "init_speculator", _init_speculator)
+    _replace(model_runner.GPUModelRunner, "load_model", _load_model)
+    _replace(model_runner.GPUModelRunner, "initialize_kv_cache", _initialize_kv_cache)
+    _hook_worker()
+
+
+def _hook_worker() -> None:
+    from vllm.platforms import current_platform
+
+    module = "cpu_worker" if current_platform.is_cpu() else "gpu_worker"
+    worker = getattr(importlib.import_module(f"vllm.v1.worker.{module}"), "CPUWorker" if current_platform.is_cpu() else "Worker")
+    _replace(worker, "determine_available_memory", _determine_available_memory)
+
+
 def _ours(runner: Any) -> Any:
-    """The runner's drafter if it is ours, else None."""
-    drafter = getattr(runner, "drafter", None)
-    return drafter if getattr(drafter, "is_mask_token_proposer", False) else None
+    """The runner's proposer (V1) or speculator (V2) if it is ours, else None."""
+    from vllm_mtp.target import MaskTokenTarget
+
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    return drafter if isinstance(drafter, MaskTokenTarget) else None
+
+
+def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        from vllm_mtp import selection
+
+        if not selection.selected(vllm_config):
+            return original(vllm_config, device, req_states)
+        from vllm_mtp.runner.v2 import MaskTokenSpeculator
+
+        return MaskTokenSpeculator(vllm_config, device, req_states)
+
+    return init_speculator
+
+
+def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        speculator = _ours(self)
+        if speculator is not None:
+            speculator.load_model(self.model, self.model_state)
+
+    return load_model
 
 
 def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -77,6 +77,10 @@ class ServingOptions(StrictModel):
     candidates: Annotated[int, Field(ge=1)] = 32
     """C: how many of the plain head's best tokens the sampler head scores for each mask state. At least the vocabulary: all."""
 
+    max_mask_rows: Annotated[int, Field(ge=1)] | None = None
+    """Most mask rows of a step, however many requests it has; those beyond go without drafts. None: on a CPU as many as
+    --max-num-batched-tokens leaves, on an accelerator `target.MASK_ROWS_OF_AN_ACCELERATOR`."""
+
     @field_validator("layout", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:

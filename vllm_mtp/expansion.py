@@ -4,47 +4,16 @@ The engine calls the target with N rows and gets N hidden states back. In betwee
 the last drafts and holds the states from which the next ones are drafted.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vllm_mtp.gated_lora import RowSplit
-from vllm_mtp.layout import Groups, plan_groups
-from vllm_mtp.mask_attention import ForkedSequences, plan_forks
-
-
-@dataclass
-class Counters:
-    """What the expansion did so far; times in seconds."""
-
-    steps: int = 0
-    real_rows: int = 0
-    mask_rows: int = 0
-    plan_time: float = 0.0
-    draft_time: float = 0.0
-    """Choosing groups and turning tensors into lists; the drafter's own forward is `drafter_time`."""
-    drafter_time: float = 0.0
-
-
-@dataclass
-class EngineStep:
-    """What the engine's glue knows of the step that is about to run; R requests.
-
-    Attributes:
-        num_rows, num_drafts: real rows and drafts of each request, as `layout.plan_groups` takes them.
-        request_len: tokens of each request once all its rows count, [R].
-        block_table: blocks of each request, [R, W].
-        lengths: group lengths of the step's layout.
-    """
-
-    num_rows: tuple[int, ...]
-    num_drafts: tuple[int, ...]
-    request_len: torch.Tensor
-    block_table: torch.Tensor
-    lengths: tuple[int, ...]
+from vllm_mtp.layout import Groups
+from vllm_mtp.mask_attention import ForkedSequences
+from vllm_mtp.plan import PlannedStep
 
 
 @dataclass
@@ -70,26 +39,22 @@ class Expansion:
         target: the loaded vLLM model.
         mask_embeddings: [k, d], in the model's dtype.
         rows: where real rows end, shared with the gated linears.
-        max_rows: most rows a step may have, real and mask rows together (max_num_batched_tokens).
-        max_model_len: positions that the model has.
-        next_step: says what the running step holds; None for a step without requests or without mask rows.
+        attention: shared with the attention layers.
+        next_step: the plan of the running step, None if it has no mask rows.
         warming_up: whether the running step is a profiling or warm-up run.
         compile: makes the compiled form of a forward; None: the engine runs eagerly.
+        states: where the states of mask rows are kept, [most mask rows, d], when they must outlive the replay of a CUDA graph.
     """
 
     target: torch.nn.Module
     mask_embeddings: torch.Tensor
     rows: RowSplit
-    max_rows: int
-    max_model_len: int
-    next_step: Callable[[int], EngineStep | None]
+    attention: ForkedSequences
+    next_step: Callable[[], PlannedStep | None]
     warming_up: Callable[[], bool]
     compile: Callable[[Forward], Forward] | None = None
-    attention: ForkedSequences | None = None
-    block_size: int = 0
-    scratch: int = 0
+    states: torch.Tensor | None = None
     last: MaskStates | None = None
-    counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
         self.inner: Callable[..., Any] = self.target.forward
@@ -111,30 +76,29 @@ class Expansion:
     ) -> torch.Tensor:
         """Hidden states of the N real rows, [N, d]; those of the mask rows are kept in `last`."""
         self.last = None
-        begin = time.perf_counter()
-        num_real = positions.shape[-1]
         if self.warming_up():
             if not self.compiled:
                 self._compile(positions, self._embeds(input_ids, inputs_embeds))
             step = None
         else:
-            step = self.next_step(num_real)
-        groups, mask_positions = (None, positions) if step is None else self._begin(step, num_real)
-        if groups is None:
+            step = self.next_step()
+        if step is None:
             return self.inner(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        embeds = torch.cat([self._embeds(input_ids, inputs_embeds), self.mask_embeddings[groups.mask_index]])
-        positions = torch.cat([positions, mask_positions.to(positions.dtype)])
-        self.counters.mask_rows += groups.num_rows
-        self.counters.steps += 1
-        self.counters.real_rows += num_real
-        self.counters.plan_time += time.perf_counter() - begin
+        groups, num_real = step.groups, step.groups.num_real  # rows behind num_real are padding
+        embeds = self._embeds(input_ids, inputs_embeds)[:num_real]
+        embeds = torch.cat([embeds, self.mask_embeddings[groups.mask_index]])
+        positions = torch.cat([positions[:num_real], step.positions.to(positions.dtype)])
+        self.attention.begin(step.sequences, step.metadata)
+        self.rows.begin(num_real, num_real + groups.num_rows)
         try:
             hidden = self.expanded(positions, embeds)
         finally:
             self.rows.end()
-            assert self.attention is not None
             self.attention.end()
-        self.last = MaskStates(groups, hidden[num_real:])
+        states = hidden[num_real:]
+        if self.states is not None:
+            states = self.states[: groups.num_rows].copy_(states)
+        self.last = MaskStates(groups, states)
         return hidden[:num_real]
 
     def _embeds(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -153,16 +117,3 @@ class Expansion:
         finally:
             self.rows.tracing_expanded = False
         self.compiled = True
-
-    def _begin(self, step: EngineStep, num_real: int) -> tuple[Groups | None, torch.Tensor]:
-        """Plans the running step, once for all layers: its groups, and the positions of their rows."""
-        room = self.max_rows - num_real
-        device = step.request_len.device
-        groups = plan_groups(step.num_rows, step.num_drafts, step.lengths, room, self.block_size, device)
-        if groups is None:
-            return None, step.request_len
-        assert self.attention is not None
-        k, prefix_len = len(step.lengths) - 1, groups.prefix_len(step.request_len)
-        self.attention.begin(plan_forks(groups, step.request_len, prefix_len, step.block_table, self.block_size, self.scratch, k))
-        self.rows.begin(num_real, num_real + groups.num_rows)
-        return groups, groups.positions(prefix_len, self.max_model_len)

@@ -12,7 +12,7 @@ without host reads. No vLLM import.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
@@ -53,9 +53,10 @@ class Groups:
         written_group: group of each of those S, [S].
         written_ahead: its position less the group's prefix length, [S].
         query_start: first row of each request and, behind them, of each group, and N + M at the end, [R + G + 1], int32.
+        query_start_cpu: the same on the host.
         longest_query: most rows that a request or a group has.
-        after: group to draft from when request i accepted j drafts, -1 where there is none; after[i][j].
-        starts, lengths: `start` and `length` as lists.
+        accepted_group: group to draft from when request i accepted j drafts, -1 where there is none, [R, k + 1].
+        after, starts, lengths: `accepted_group`, `start` and `length` as lists.
     """
 
     num_real: int
@@ -70,7 +71,9 @@ class Groups:
     written_group: torch.Tensor
     written_ahead: torch.Tensor
     query_start: torch.Tensor
+    query_start_cpu: torch.Tensor
     longest_query: int
+    accepted_group: torch.Tensor
     after: list[list[int]]
     starts: list[int]
     lengths: list[int]
@@ -100,6 +103,22 @@ class Groups:
         """
         return (prefix_len[self.group_of_row] + self.mask_index).clamp(max=max_model_len - 1)
 
+    def draft_rows(self, accepted: torch.Tensor, k: int) -> torch.Tensor:
+        """Where the states stand that each request drafts from, [R, k]; without a host read.
+
+        Past the end of a group, and for a request that has none to draft from, a row of another group stands there: what is
+        drafted from it is a token like any other, and verification decides.
+
+        Args:
+            accepted: drafts that each request accepted, [R] or fewer if the last ones are padding; below 0 for a request that
+                sampled nothing.
+            k: rows wanted.
+        """
+        of_requests = self.accepted_group[: accepted.shape[0]]
+        group = of_requests.gather(1, accepted.long().clamp(0, of_requests.shape[1] - 1)[:, None])
+        first = self.start[group.clamp(min=0)]
+        return (first + torch.arange(k, device=first.device)).clamp(max=self.num_rows - 1)
+
 
 @lru_cache(maxsize=512)
 def plan_groups(
@@ -107,6 +126,7 @@ def plan_groups(
     num_drafts: tuple[int, ...],
     lengths: tuple[int, ...],
     max_rows: int,
+    max_groups: int,
     max_tail: int,
     device: torch.device,
 ) -> Groups | None:
@@ -120,7 +140,8 @@ def plan_groups(
         num_drafts: how many of them are drafts to verify; -1 for a request that cannot use a draft (a prompt chunk that
             does not end the prompt, a last token).
         lengths: group lengths by drafts accepted, 1 + k of them (`group_lengths`).
-        max_rows: mask rows that the step has room for; groups beyond it are left out, and their requests verify nothing next step.
+        max_rows, max_groups: mask rows and groups that the step has room for; groups beyond are left out, and their requests verify
+            nothing next step.
         max_tail: the last rows of a request whose K/V a group may need for itself: those that can share a block with its
         mask tokens.
         device: of the tensors.
@@ -139,7 +160,7 @@ def plan_groups(
     for i, (rows, drafts) in enumerate(zip(num_rows, num_drafts, strict=True)):
         for accepted in range(drafts + 1):
             wanted = max(lengths) if accepted == drafts < k else lengths[accepted]
-            if wanted == 0 or starts[-1] + wanted > max_rows:
+            if wanted == 0 or starts[-1] + wanted > max_rows or len(length) == max_groups:
                 continue
             group, last = len(length), first_row + rows - 1 - drafts + accepted
             after[i][accepted] = group
@@ -156,24 +177,49 @@ def plan_groups(
     if not length:
         return None
 
-    def tensor(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, device=device)
-
+    query_start = [*accumulate(num_rows, initial=0), *(num_real + start for start in starts[1:])]
+    columns = _to_device(
+        [
+            request,
+            row,
+            ahead,
+            length,
+            starts,
+            [group for group, wanted in enumerate(length) for _ in range(wanted)],
+            [m for wanted in length for m in range(wanted)],
+            [*range(num_real), *source_rows],
+            written_group,
+            written_ahead,
+            query_start,
+            list(chain.from_iterable(after)),
+        ],
+        device,
+    )
     return Groups(
         num_real=num_real,
-        request=tensor(request),
-        row=tensor(row),
-        ahead=tensor(ahead),
-        length=tensor(length),
-        start=tensor(starts),
-        group_of_row=tensor([group for group, wanted in enumerate(length) for _ in range(wanted)]),
-        mask_index=tensor([m for wanted in length for m in range(wanted)]),
-        written_rows=tensor([*range(num_real), *source_rows]),
-        written_group=tensor(written_group),
-        written_ahead=tensor(written_ahead),
-        query_start=tensor([*accumulate(num_rows, initial=0), *(num_real + start for start in starts[1:])]).int(),
+        request=columns[0],
+        row=columns[1],
+        ahead=columns[2],
+        length=columns[3],
+        start=columns[4],
+        group_of_row=columns[5],
+        mask_index=columns[6],
+        written_rows=columns[7],
+        written_group=columns[8],
+        written_ahead=columns[9],
+        query_start=columns[10].int(),
+        query_start_cpu=torch.tensor(query_start, dtype=torch.int32),
         longest_query=max(*num_rows, *length),
+        accepted_group=columns[11].view(-1, k + 1),
         after=after,
         starts=starts,
         lengths=length,
     )
+
+
+def _to_device(columns: list[list[int]], device: torch.device) -> list[torch.Tensor]:
+    """The columns as int64 tensors on `device`, carried there by one copy that the host does not wait for."""
+    packed = torch.tensor(list(chain.from_iterable(columns)))
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    return list(packed.to(device, non_blocking=True).split([len(column) for column in columns]))

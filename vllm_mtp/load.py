@@ -6,7 +6,7 @@ of steps, the best one most of the time and its rivals ever more rarely. The lay
 them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vllm_mtp.layout import group_lengths
 
@@ -38,6 +38,29 @@ def rows_of(lengths: tuple[int, ...]) -> int:
     return 1 + width + sum(lengths[: width + 1])
 
 
+def fitting_layouts(k: int, max_rows: int) -> list[tuple[int, ...]]:
+    """The candidate layouts of which a single request's rows stay within `max_rows`; none at all always fits."""
+    return [lengths for lengths in candidate_layouts(k) if not any(lengths) or rows_of(lengths) <= max_rows]
+
+
+def widest_comb(layouts: list[tuple[int, ...]], num_requests: int, max_rows: int, max_mask_rows: int) -> tuple[int, ...]:
+    """The layout with the most drafts behind every row that `num_requests` requests have room for, else the first layout.
+
+    What stands for `auto` where steps are not timed one by one: under asynchronous scheduling they overlap.
+
+    Args:
+        layouts: from which to choose, in order of their rows.
+        num_requests: decoding requests of the step.
+        max_rows, max_mask_rows: most rows of a step, and most mask rows.
+    """
+    fitting = [
+        lengths
+        for lengths in layouts
+        if lengths[0] and num_requests * rows_of(lengths) <= max_rows and num_requests * sum(lengths) <= max_mask_rows
+    ]
+    return fitting[-1] if fitting else layouts[0]
+
+
 @dataclass
 class _Arm:
     """What is known of one layout at one batch size."""
@@ -67,17 +90,12 @@ class LayoutChooser:
     """Chooses each step's layout from what the steps before it gave.
 
     Args:
-        k: most drafts a request.
-        max_rows: rows of a request that the server has room for; richer layouts are left out.
+        layouts: what to choose from (`fitting_layouts`), in order of their rows.
     """
 
-    k: int
-    max_rows: int
-    layouts: list[tuple[int, ...]] = field(init=False)
+    layouts: list[tuple[int, ...]]
 
     def __post_init__(self) -> None:
-        fitting = [lengths for lengths in candidate_layouts(self.k) if rows_of(lengths) <= self.max_rows]
-        self.layouts = fitting or [(0,) * (self.k + 1)]
         self._buckets: dict[int, _Bucket] = {}
         self._bucket = -1
         self._arm = 0

@@ -24,8 +24,9 @@ class StepSequences:
     Attributes:
         block_table: blocks of each sequence, [R + G, W].
         query_start: first row of each sequence and N + M at the end, [R + G + 1], int32.
+        query_start_cpu: the same on the host.
         seq_lens: tokens of each sequence, [R + G], int32.
-        longest_query: most rows that a sequence has.
+        longest_query, longest: no sequence has more rows, or more tokens, than this.
         copy_from: the block of each prefix's end, whose tokens of earlier steps the fork shares, [G].
         copy_to: the scratch block that takes a copy of it, [G].
         written_rows: rows of the step whose K/V are written: the N real rows, and S rows that enter the scratch blocks, [N + S].
@@ -34,8 +35,10 @@ class StepSequences:
 
     block_table: torch.Tensor
     query_start: torch.Tensor
+    query_start_cpu: torch.Tensor
     seq_lens: torch.Tensor
     longest_query: int
+    longest: int
     copy_from: torch.Tensor
     copy_to: torch.Tensor
     written_rows: torch.Tensor
@@ -57,6 +60,7 @@ def plan_forks(
     groups: Groups,
     request_len: torch.Tensor,
     prefix_len: torch.Tensor,
+    longest: int,
     block_table: torch.Tensor,
     block_size: int,
     scratch: int,
@@ -68,6 +72,7 @@ def plan_forks(
         groups: the mask rows.
         request_len: tokens of each request once all its rows count, [R].
         prefix_len: L of each group, [G].
+        longest: no request is longer than this.
         block_table: blocks of each request, [R, W].
         block_size: tokens a block.
         scratch: id of the first scratch block.
@@ -92,8 +97,10 @@ def plan_forks(
     return StepSequences(
         block_table=table,
         query_start=groups.query_start,
+        query_start_cpu=groups.query_start_cpu,
         seq_lens=torch.cat([request_len, prefix_len + groups.length]).int(),
         longest_query=groups.longest_query,
+        longest=longest + k,
         copy_from=copy_from,
         copy_to=first,
         written_rows=groups.written_rows,
@@ -113,7 +120,7 @@ class ForkedSequences:
         self.build_metadata = build_metadata
         self.kv_caches: torch.Tensor | None = None
         self.step: StepSequences | None = None
-        self.metadata: Any = None
+        self.metadata: object = None
         self.slots: torch.Tensor | None = None
 
     def bind(self, kv_caches: list[torch.Tensor]) -> None:
@@ -134,11 +141,14 @@ class ForkedSequences:
         shape, stride = (len(kv_caches), *first.shape), (steps.pop(), *first.stride())
         self.kv_caches = first.as_strided(shape, stride, first.storage_offset())
 
-    def begin(self, step: StepSequences) -> None:
-        """Prepares a step: copies the partly filled blocks of all layers and builds the attention metadata of its sequences."""
+    def copy_shared(self, step: StepSequences) -> None:
+        """Copies the partly filled blocks of all layers to where the step's forks continue them."""
         assert self.kv_caches is not None
         self.kv_caches.index_copy_(1, step.copy_to, self.kv_caches.index_select(1, step.copy_from))
-        self.step, self.metadata, self.slots = step, self.build_metadata(step), None
+
+    def begin(self, step: StepSequences, metadata: object) -> None:
+        """Starts a step: until `end`, attention runs over its sequences."""
+        self.step, self.metadata, self.slots = step, metadata, None
 
     def end(self) -> None:
         """Forgets the step."""

@@ -97,6 +97,8 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
     ):
         if getattr(parallel_config, name, 1) > 1:
             raise ConfigurationError(f"mask-token prediction does not support {flag} {getattr(parallel_config, name)} yet: use 1")
+    if getattr(parallel_config, "use_ubatching", False):
+        raise ConfigurationError("mask-token prediction does not support dual batch overlap yet: leave --enable-dbo out")
     if getattr(model_config, "is_multimodal_model", False):
         raise ConfigurationError(f"mask-token prediction does not support multimodal models yet: {model_config.model} is one")
 
@@ -104,11 +106,46 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
 def as_custom_class(options: ServingOptions) -> dict[str, Any]:
     """The speculative configuration that vLLM is given.
 
-    Through `custom_class` and not through the `mtp` family: `use_eagle()` is true for `mtp`, which drops the last block of every
-    prefix-cache hit and reserves look-ahead slots for a draft KV cache that we do not have. What `custom_class` costs is
-    asynchronous scheduling, which CPU servers never have.
+    Through `custom_class` and not through the `mtp` family: that is built around a draft model of its own, with a draft KV cache.
+    What `custom_class` costs on the V1 runner is asynchronous scheduling, which CPU servers never have.
     """
     return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": options.num_speculative_tokens}
 
 
-__all__ = ["AdapterError", "ConfigurationError", "as_custom_class", "asked_for", "resolve", "vllm_version"]
+def runs_on_v2() -> bool:
+    """Whether vLLM will take its V2 model runner (config/vllm.py, VllmConfig.use_v2_model_runner)."""
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    return HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else bool(envs.VLLM_USE_V2_MODEL_RUNNER)
+
+
+def for_v2_runner(config: Any, options: ServingOptions) -> Any:
+    """The configuration that `as_custom_class` gave, in the form that the V2 runner and asynchronous scheduling know: `mtp`.
+
+    Only the name: there is no draft model and no draft KV cache (`MaskTokenSpeculativeConfig.use_eagle`).
+    """
+    from vllm_mtp.v2_config import MaskTokenSpeculativeConfig
+
+    config.__class__ = MaskTokenSpeculativeConfig
+    config.method, config.model = "mtp", options.adapter
+    config.hook()
+    return config
+
+
+def selected(vllm_config: Any) -> bool:
+    """Whether an engine's configuration is one that selects us."""
+    return "adapter" in ((vllm_config.additional_config or {}).get("mtp") or {}) and vllm_config.speculative_config is not None
+
+
+__all__ = [
+    "AdapterError",
+    "ConfigurationError",
+    "as_custom_class",
+    "asked_for",
+    "for_v2_runner",
+    "resolve",
+    "runs_on_v2",
+    "selected",
+    "vllm_version",
+]

@@ -45,7 +45,7 @@ def test_steps_without_drafts_are_not_verified(
     monkeypatch.setattr(engine.runner.rejection_sampler, "forward", lambda *a, **k: (verifications.append(1), verify(*a, **k))[1])
     assert engine.greedy(prompts[:12], 128) == expected
     assert not verifications
-    assert engine.proposer.expansion.counters.mask_rows == 0
+    assert engine.proposer.planner.counters.mask_rows == 0
 
 
 @pytest.mark.parametrize("candidates", [1, 4096])

@@ -82,9 +82,9 @@ def test_prompt_logits_are_bit_identical_with_the_adapter_loaded(
 
     expected = prompt_logits(engines())
     engine = engines(speculative(random_adapter, 8))
-    before = engine.proposer.expansion.counters.mask_rows
+    before = engine.proposer.planner.counters.mask_rows
     found = prompt_logits(engine)
-    assert engine.proposer.expansion.counters.mask_rows - before > 20 * 8  # mask rows stood behind every prompt
+    assert engine.proposer.planner.counters.mask_rows - before > 20 * 8  # mask rows stood behind every prompt
     assert all(torch.equal(e, f) for e, f in zip(expected, found, strict=True))
 
 

@@ -30,7 +30,7 @@ def requests(draw: st.DrawFn) -> Requests:
 
 def plan(batch: Requests, lengths: tuple[int, ...], max_rows: int, max_tail: int = 1000) -> Groups | None:
     _, rows, drafts = zip(*batch, strict=True)
-    return plan_groups(rows, drafts, lengths, max_rows, max_tail, torch.device("cpu"))
+    return plan_groups(rows, drafts, lengths, max_rows, 1000, max_tail, torch.device("cpu"))
 
 
 def request_len(batch: Requests) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_a_fork_holds_its_prefix_and_its_group(batch: Requests, lengths: tuple[i
             else:
                 cache[table[request, position // block_size], position % block_size] = label
     prefix_len = groups.prefix_len(request_len(batch))
-    fork = plan_forks(groups, request_len(batch), prefix_len, table, block_size, scratch, K)
+    fork = plan_forks(groups, request_len(batch), prefix_len, 200, table, block_size, scratch, K)
     cache[fork.copy_to] = cache[fork.copy_from]
     for request, (computed, rows, _) in enumerate(batch):
         for position in range(computed, computed + rows):  # the engine's own writes

@@ -1,0 +1,150 @@
+"""The plan of a step: its groups, their positions, and the sequences that attention runs over; made once, shared by all layers.
+
+Every shape follows from what the host knows of the step (`EngineStep`), and what depends on lengths is a handful of tensor
+operations: nothing is read back from the device. So a plan can be made while the device still runs the step before.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from vllm_mtp.layout import Groups, plan_groups
+from vllm_mtp.mask_attention import ForkedSequences, StepSequences, plan_forks
+
+
+@dataclass
+class Counters:
+    """What the plugin did so far; times in seconds."""
+
+    steps: int = 0
+    real_rows: int = 0
+    mask_rows: int = 0
+    plan_time: float = 0.0
+    draft_time: float = 0.0
+    """Choosing groups and turning tensors into lists; the drafter's own forward is `drafter_time`."""
+    drafter_time: float = 0.0
+
+
+@dataclass
+class EngineStep:
+    """What the engine's glue knows of the step that is about to run; R requests.
+
+    Attributes:
+        num_rows, num_drafts: real rows and drafts of each request, as `layout.plan_groups` takes them.
+        request_len: tokens of each request once all its rows count, [R].
+        longest: none of them is longer than this.
+        block_table: blocks of each request, [R, W].
+        lengths: group lengths of the step's layout.
+        replayed: the step runs as a replay of a CUDA graph, which reads the plan where the plan of the capture stood.
+    """
+
+    num_rows: tuple[int, ...]
+    num_drafts: tuple[int, ...]
+    request_len: torch.Tensor
+    longest: int
+    block_table: torch.Tensor
+    lengths: tuple[int, ...]
+    replayed: bool = False
+
+
+@dataclass
+class PlannedStep:
+    """A step that is ready to run.
+
+    Attributes:
+        groups: its mask rows.
+        positions: of the mask rows, [M].
+        sequences: its requests and forks.
+        metadata: the attention backend's own form of `sequences`.
+    """
+
+    groups: Groups
+    positions: torch.Tensor
+    sequences: StepSequences
+    metadata: object
+
+
+def most_groups(layouts: Iterable[tuple[int, ...]], max_requests: int, max_mask_rows: int) -> int:
+    """Most groups that a step can have under any of `layouts`."""
+    longest = 1
+    for lengths in layouts:
+        present = [length for length in lengths if length]
+        if present:
+            # One more: a request that verifies fewer drafts than k has a group behind its last row in any case.
+            most = min(len(lengths), len(present) + 1)
+            longest = max(longest, min(max_requests * most, max_mask_rows // min(present)))
+    return longest
+
+
+@dataclass
+class Planner:
+    """Plans steps.
+
+    Attributes:
+        attention: runs the forks.
+        max_rows: most rows of a step, real and mask rows together (max_num_batched_tokens).
+        max_mask_rows, max_groups: most mask rows and groups of a step.
+        max_model_len: positions that the model has.
+        block_size: tokens a block.
+        scratch: id of the first scratch block.
+    """
+
+    attention: ForkedSequences
+    max_rows: int
+    max_mask_rows: int
+    max_groups: int
+    max_model_len: int
+    block_size: int = 0
+    scratch: int = 0
+    counters: Counters = field(default_factory=Counters)
+    _kept: dict[tuple[object, ...], PlannedStep] = field(default_factory=dict)
+
+    def bind(self, block_size: int, scratch: int) -> None:
+        """Takes the KV cache's facts once it stands; plans that graphs were captured on are forgotten with them."""
+        self.block_size, self.scratch = block_size, scratch
+        self._kept.clear()
+
+    def plan(self, step: EngineStep) -> PlannedStep | None:
+        """The plan of a step and the copies that its forks start from, or None when it has no mask rows."""
+        begin = time.perf_counter()
+        num_real = sum(step.num_rows)
+        groups = plan_groups(
+            step.num_rows,
+            step.num_drafts,
+            step.lengths,
+            min(self.max_rows - num_real, self.max_mask_rows),
+            self.max_groups,
+            self.block_size,
+            step.request_len.device,
+        )
+        if groups is None:
+            return None
+        k, prefix_len = len(step.lengths) - 1, groups.prefix_len(step.request_len)
+        sequences = plan_forks(
+            groups, step.request_len, prefix_len, step.longest, step.block_table, self.block_size, self.scratch, k
+        )
+        planned = PlannedStep(groups, groups.positions(prefix_len, self.max_model_len), sequences, None)
+        if step.replayed:
+            planned = self._where_it_stood((step.num_rows, step.num_drafts, step.lengths), planned)
+        self.attention.copy_shared(planned.sequences)
+        planned.metadata = self.attention.build_metadata(planned.sequences)
+        self.counters.steps += 1
+        self.counters.real_rows += num_real
+        self.counters.mask_rows += groups.num_rows
+        self.counters.plan_time += time.perf_counter() - begin
+        return planned
+
+    def _where_it_stood(self, shape: tuple[object, ...], planned: PlannedStep) -> PlannedStep:
+        """The plan in the tensors of the first one of its shape."""
+        kept = self._kept.setdefault(shape, planned)
+        if kept is planned:
+            return planned
+        kept.positions.copy_(planned.positions)
+        for each in fields(StepSequences):
+            stood, new = getattr(kept.sequences, each.name), getattr(planned.sequences, each.name)
+            if isinstance(stood, torch.Tensor) and stood is not new:
+                stood.copy_(new)
+        sequences = replace(kept.sequences, longest=planned.sequences.longest)
+        return PlannedStep(kept.groups, kept.positions, sequences, None)

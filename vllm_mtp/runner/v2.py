@@ -1,0 +1,142 @@
+"""vLLM's V2 model runner: the speculator that stands in its place, and the plan that is made where it prepares attention
+(v1/worker/gpu/model_runner.py).
+
+The host never waits for the device here. What it knows when it prepares a step (rows, drafts and prompt progress of each request)
+fixes every shape; lengths and block tables, which it may not know yet under asynchronous scheduling, are read where they lie.
+A decode step that vLLM replays as a CUDA graph is planned into the tensors that the capture read.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from vllm_mtp import load
+from vllm_mtp.plan import EngineStep, PlannedStep
+from vllm_mtp.target import MaskTokenTarget
+
+
+class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
+    """Drafts from the mask rows of the target's own forward.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        device: of the runner.
+        req_states: the runner's request states (v1/worker/gpu/states.py).
+
+    Raises:
+        ValueError: the server is set up in a way that mask rows do not support.
+    """
+
+    supports_mm_inputs = False
+    draft_logits = None
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
+        super().__init__(vllm_config)
+        if vllm_config.watermark_config is not None:
+            raise ValueError("mask-token prediction does not support watermarking: leave the watermark configuration out")
+        if vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
+            raise ValueError(
+                "mask-token prediction runs prompt steps outside of CUDA graphs: set cudagraph_mode to FULL_AND_PIECEWISE or "
+                "FULL_DECODE_ONLY in --compilation-config"
+            )
+        self.req_states = req_states
+        self.drafts = torch.zeros(self.max_requests, self.k, dtype=torch.int64, device=device)
+        self.planned: PlannedStep | None = None
+
+    def load_model(self, model: torch.nn.Module, model_state: ModelState) -> None:
+        """Installs mask rows in the loaded model, and the plan of a step behind vLLM's own preparation of its attention."""
+        self.install(model, lambda: self.planned, self._warming_up, keep_states=True)
+        prepare_attn = model_state.prepare_attn
+
+        def prepare_and_plan(
+            input_batch: InputBatch,
+            cudagraph_mode: CUDAGraphMode,
+            block_tables: tuple[torch.Tensor, ...],
+            slot_mappings: torch.Tensor,
+            attn_groups: Any,
+            kv_cache_config: Any,
+            for_capture: bool = False,
+            ubatch_idx: int = 0,
+        ) -> dict[str, Any]:
+            metadata = prepare_attn(
+                input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, for_capture, ubatch_idx
+            )
+            step = self._step(input_batch, block_tables[0], cudagraph_mode == CUDAGraphMode.FULL or for_capture, for_capture)
+            self.planned = None if step is None else self.planner.plan(step)
+            return metadata
+
+        model_state.prepare_attn = prepare_and_plan  # type: ignore[method-assign]
+
+    def _warming_up(self) -> bool:
+        from vllm.forward_context import get_forward_context
+
+        return get_forward_context().attn_metadata is None
+
+    def _lengths(self, num_requests: int) -> tuple[int, ...]:
+        if len(self.layouts) == 1:
+            return self.layouts[0]
+        return load.widest_comb(self.layouts, num_requests, self.max_rows, self.max_mask_rows)
+
+    def _step(self, batch: InputBatch, block_table: torch.Tensor, replayed: bool, capture: bool) -> EngineStep | None:
+        """The step that vLLM is about to run, None where it has no mask rows."""
+        if replayed:  # uniform, and padded to the requests of its graph
+            num_requests = batch.num_reqs_after_padding
+            rows = batch.num_tokens_after_padding // num_requests
+            num_rows, num_drafts = (rows,) * num_requests, (rows - 1,) * num_requests
+            # Padding has no tokens and its rows are read by no one, but its forks need a length.
+            request_len = batch.seq_lens[:num_requests].long().clamp(min=rows)
+        elif batch.req_ids[0] not in self.req_states.req_id_to_index:
+            return None  # a dummy batch, as for the capture of piecewise graphs, which run without mask rows
+        else:
+            num_requests = batch.num_reqs
+            scheduled = batch.num_draft_tokens_per_req
+            drafts = [0] * num_requests if scheduled is None else scheduled.tolist()
+            ends = batch.num_computed_prefill_tokens_np[:num_requests] + batch.num_scheduled_tokens[:num_requests]
+            inside_prompt = batch.is_prefilling_np[:num_requests] & (ends < batch.prefill_len_np[:num_requests])
+            num_rows = tuple(batch.num_scheduled_tokens[:num_requests].tolist())
+            num_drafts = tuple(-1 if inside else d for inside, d in zip(inside_prompt.tolist(), drafts, strict=True))
+            request_len = batch.seq_lens[:num_requests].long()
+        lengths = self._lengths(num_requests)
+        if not any(lengths):
+            return None
+        longest = self.max_model_len if capture else int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max())
+        return EngineStep(num_rows, num_drafts, request_len, longest, block_table[:num_requests], lengths, replayed)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Nothing: mask rows are part of the target's own graphs."""
+
+    def capture(self) -> None:
+        """Nothing to capture beside the target's graphs."""
+
+    def propose(  # type: ignore[override]
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: Any,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Drafts of each request for the next step, [R, k]; nothing is read back.
+
+        A request that has no group to draft from is given tokens all the same: vLLM has already scheduled their rows.
+        """
+        num_requests = input_batch.num_reqs
+        drafts = self.drafts[:num_requests]
+        if dummy_run or self.planned is None:
+            return drafts.zero_()
+        states = self.expansion.states
+        assert states is not None
+        groups = self.planned.groups
+        rows = groups.draft_rows(num_sampled - 1, self.k)
+        sampled = last_sampled.view(-1)[input_batch.idx_mapping].long()
+        return drafts.copy_(self.draft(states[: groups.num_rows], rows, sampled))

@@ -1,0 +1,272 @@
+"""A served model with mask rows: what vLLM's two model runners have in common, `runner/` being what they do not.
+
+The runner's glue constructs it with vLLM's configuration, lets it `install` the adapter in the loaded model, hands it the KV cache
+with `bind`, and from then on plans steps with `planner` and drafts with `draft`.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_mtp import compiled, gated_lora, load
+from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
+from vllm_mtp.config import ServingOptions
+from vllm_mtp.cpu_linear import PackedLinear, PackedSampler
+from vllm_mtp.cpu_memory import keep_freed_memory
+from vllm_mtp.drafter import Drafter, Sampler
+from vllm_mtp.expansion import Expansion
+from vllm_mtp.layout import group_lengths
+from vllm_mtp.mask_attention import ForkedSequences, StepSequences, blocks_per_fork
+from vllm_mtp.plan import PlannedStep, Planner, most_groups
+
+logger = init_logger("vllm.mtp")
+
+MASK_ROWS_OF_AN_ACCELERATOR = 1024
+"""Most mask rows of a step on an accelerator, unless `max_mask_rows` says otherwise. Rows are free while a step is bound by reading
+weights, which in bf16 ends near 300 rows on an H100 or H200 (800 TFLOP/s over 3-5 TB/s); past three times that they cost more than
+they can bring. From the data sheets, not measured."""
+
+
+class MaskTokenTarget:
+    """One served model, its adapter and its scratch blocks.
+
+    Attributes:
+        options: the operator's options.
+        k: most drafts a request.
+        layouts: the layouts that steps may have; one, unless the operator leaves the choice to us.
+        planner, expansion, drafter: the parts, once installed.
+    """
+
+    planner: Planner
+    expansion: Expansion
+    drafter: Drafter
+    draft: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.config = vllm_config
+        self.options = ServingOptions.model_validate(cast(dict[str, Any], vllm_config.additional_config)["mtp"])
+        self.k = self.options.num_speculative_tokens
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.max_requests = vllm_config.scheduler_config.max_num_seqs
+        self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        allowed = self.max_rows if current_platform.is_cpu() else MASK_ROWS_OF_AN_ACCELERATOR
+        self.max_mask_rows = min(self.max_rows, self.options.max_mask_rows or allowed)
+        layout = self.options.layout
+        self.layouts = load.fitting_layouts(self.k, self.max_mask_rows) if layout == "auto" else [group_lengths(layout, self.k)]
+        if current_platform.is_cpu():
+            keep_freed_memory()
+
+    def install(
+        self,
+        model: torch.nn.Module,
+        next_step: Callable[[], PlannedStep | None],
+        warming_up: Callable[[], bool],
+        *,
+        keep_states: bool = False,
+    ) -> None:
+        """Reads the adapter and installs mask rows in `model`; vLLM compiles and profiles it afterwards.
+
+        Args:
+            model: the loaded model.
+            next_step, warming_up, keep_states: as `Expansion` takes them.
+
+        Raises:
+            AdapterError: the adapter does not fit the model.
+            ValueError: the model or its attention backend does not support mask rows.
+        """
+        from vllm.model_executor.layers.attention import Attention
+
+        adapter = read_adapter(self.options.adapter)
+        check_base(adapter.config, self.config.model_config.hf_text_config, fingerprint_tensors(model.named_parameters()))
+        dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(model.parameters()).device
+        rows = gated_lora.RowSplit(self.max_rows, device, dtype)
+        linear = PackedLinear if current_platform.is_cpu() else gated_lora.plain_product
+        try:
+            gated_lora.install(model, dict(adapter.lora), rows, linear)
+        except ValueError as error:
+            raise AdapterError(f"{self.options.adapter}: {error}") from None
+        self.attention = ForkedSequences(self._metadata)
+        for module in model.modules():
+            if isinstance(module, Attention):
+                if module.get_attn_backend().forward_includes_kv_cache_update:
+                    raise ValueError(
+                        f"mask-token prediction does not support the attention backend {module.get_attn_backend().get_name()}, "
+                        "which writes the KV cache inside its attention call: choose another with --attention-backend"
+                    )
+                self.attention.wrap(module.impl)
+        embeddings = adapter.mask_embeddings[: self.k].to(device, dtype)
+        self.planner = Planner(
+            self.attention,
+            max_rows=self.max_rows,
+            max_mask_rows=self.max_mask_rows,
+            max_groups=most_groups(self.layouts, self.max_requests, self.max_mask_rows),
+            max_model_len=self.max_model_len,
+        )
+        self.expansion = Expansion(
+            target=model,
+            mask_embeddings=embeddings,
+            rows=rows,
+            attention=self.attention,
+            next_step=next_step,
+            warming_up=warming_up,
+            compile=compiled.compiler(self.config),
+            states=embeddings.new_zeros(self.max_mask_rows, embeddings.shape[1]) if keep_states else None,
+        )
+        self.drafter = self._drafter(model, adapter, dtype, device)
+
+    def _drafter(self, model: Any, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Drafter:
+        vocab_size = self.config.model_config.get_vocab_size()
+        lm_head = getattr(model, "lm_head", None)
+        weight = getattr(lm_head, "weight", None)
+        readable = (
+            weight is not None and weight.ndim == 2 and weight.shape[0] >= vocab_size and getattr(lm_head, "bias", None) is None
+        )
+        sampler: Sampler | None = adapter.sampler
+        if adapter.sampler is not None:
+            head = adapter.sampler.to(device, dtype)
+            sampler = PackedSampler(head) if current_platform.is_cpu() else head
+        return Drafter(
+            model.compute_logits,
+            model.embed_input_ids,
+            weight if readable else None,
+            sampler,
+            self.options.candidates,
+            vocab_size,
+        )
+
+    def _compiled_drafter(self) -> Callable[..., torch.Tensor]:
+        """The drafter, compiled where the engine compiles."""
+        compile = compiled.compiler(self.config)
+        if compile is None:
+            return self.drafter
+        draft = compile(self.drafter.__call__)
+        embeddings = self.expansion.mask_embeddings
+        hidden, rows = (
+            embeddings.new_zeros(7, embeddings.shape[1]),
+            torch.zeros(3, self.k, dtype=torch.long, device=embeddings.device),
+        )
+        sampled = rows[:, 0].clone()
+        for tensor in (hidden, rows, sampled):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        draft(hidden, rows, sampled)
+        return draft
+
+    # -- the KV cache --------------------------------------------------------------------------------------------
+
+    @property
+    def num_scratch_blocks(self) -> int:
+        """Scratch blocks for the forks of the largest step."""
+        return self.planner.max_groups * blocks_per_fork(self.k, self.config.cache_config.block_size)
+
+    def without_scratch_memory(self, available: int, runner: Any) -> int:
+        """What is left of `available` bytes for the scheduler's blocks once the scratch blocks have theirs.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        scratch = self._scratch_bytes(runner)
+        if scratch >= available:
+            raise ValueError(
+                f"the mask rows of {self.max_requests} requests need {scratch / 2**30:.2f} GiB of scratch KV blocks, but only "
+                f"{available / 2**30:.2f} GiB are there: lower max_mask_rows, --max-num-seqs or --block-size, or raise the memory "
+                "for the KV cache"
+            )
+        return available - scratch
+
+    def _scratch_bytes(self, runner: Any) -> int:
+        return self.num_scratch_blocks * sum(spec.page_size_bytes for spec in runner.get_kv_cache_spec().values())
+
+    def with_scratch_blocks(self, kv_cache_config: Any) -> Any:
+        """A copy of the worker's cache configuration that has our blocks behind those which the scheduler hands out.
+
+        Raises:
+            ValueError: the cache is laid out in a way that has no room behind its blocks.
+        """
+        config, num_scratch = copy.deepcopy(kv_cache_config), self.num_scratch_blocks
+        if len(config.kv_cache_groups) != 1:
+            raise ValueError("mask-token prediction does not support models with several KV cache groups (hybrid attention) yet")
+        for tensor in config.kv_cache_tensors:
+            if tensor.offset != 0 or tensor.layer_stride != tensor.block_stride * config.num_blocks:
+                raise ValueError(
+                    "mask-token prediction needs a KV cache whose layers lie one after the other; this layout is not supported yet"
+                )
+            # Both, or layer l's scratch blocks would be the first blocks of layer l + 1.
+            tensor.size += num_scratch * tensor.block_stride * len(tensor.layers)
+            tensor.layer_stride += num_scratch * tensor.block_stride
+        self.first_scratch_block = config.num_blocks
+        config.num_blocks += num_scratch
+        return config
+
+    def bind(self, runner: Any) -> None:
+        """Takes the KV cache once it stands; may be called again for another one.
+
+        Args:
+            runner: vLLM's model runner, of either version.
+
+        Raises:
+            ValueError: the model has attention layers of several kinds.
+        """
+        group = runner.attn_groups[0][0]
+        if len(runner.attn_groups) != 1 or len(runner.attn_groups[0]) != 1:
+            raise ValueError("mask-token prediction does not support models with several attention backends yet")
+        if getattr(group, "kernel_block_size", None) is not None:
+            raise ValueError(
+                "mask-token prediction needs an attention kernel whose blocks are the cache's: "
+                f"set --block-size {group.kernel_block_size}"
+            )
+        self.builder = self._metadata_builder(group)
+        context = self.config.compilation_config.static_forward_context
+        self.attention.bind([context[name].kv_cache for name in group.layer_names])
+        self.planner.bind(self.config.cache_config.block_size, self.first_scratch_block)
+        self.draft = self._compiled_drafter()
+        logger.info(
+            "Mask-token prediction is on: adapter %s, k = %d, layout %s, acceptance lossless, "
+            "up to %d mask rows a decoding request and %d a step, %d scratch blocks (%.0f MiB)",
+            self.options.adapter,
+            self.k,
+            self.options.layout,
+            max(sum(lengths) for lengths in self.layouts),
+            self.max_mask_rows,
+            self.num_scratch_blocks,
+            self._scratch_bytes(runner) / 2**20,
+        )
+
+    def _metadata_builder(self, group: Any) -> Any:
+        """A metadata builder like the group's own, but for as many sequences and rows as a step of ours has.
+
+        Builders keep buffers for the largest batch (v1/attention/backends/flash_attn.py: scheduler_metadata), which a CUDA graph
+        reads; sharing the runner's would overwrite them.
+        """
+        config = copy.copy(self.config)
+        config.scheduler_config = copy.copy(config.scheduler_config)
+        config.scheduler_config.max_num_seqs = self.max_requests + self.planner.max_groups
+        config.compilation_config = copy.copy(config.compilation_config)
+        if config.compilation_config.max_cudagraph_capture_size:
+            config.compilation_config.max_cudagraph_capture_size = self.max_rows
+        own = copy.copy(group)
+        own.create_metadata_builders(config, self.expansion.mask_embeddings.device)
+        return own.get_metadata_builder()
+
+    def _metadata(self, step: StepSequences) -> Any:
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        return self.builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=step.query_start,
+                query_start_loc_cpu=step.query_start_cpu,
+                seq_lens=step.seq_lens,
+                num_reqs=step.seq_lens.shape[0],
+                num_actual_tokens=int(step.query_start_cpu[-1]),
+                max_query_len=step.longest_query,
+                max_seq_len=step.longest,
+                block_table_tensor=step.block_table,
+                slot_mapping=step.slots,
+                causal=True,
+            ),
+        )
