@@ -44,9 +44,10 @@ def fitting_layouts(k: int, max_rows: int) -> list[tuple[int, ...]]:
 
 
 def widest_comb(layouts: list[tuple[int, ...]], num_requests: int, max_rows: int, max_mask_rows: int) -> tuple[int, ...]:
-    """The layout with the most drafts behind every row that `num_requests` requests have room for, else the first layout.
+    """The layout with the longest groups behind every row that `num_requests` requests have room for, else the one without masks.
 
-    What stands for `auto` where steps are not timed one by one: under asynchronous scheduling they overlap.
+    What stands for `auto` where steps are not timed one by one, because under asynchronous scheduling they overlap, and where every
+    request verifies k drafts in every step, however many there are.
 
     Args:
         layouts: from which to choose, in order of their rows.
@@ -56,9 +57,9 @@ def widest_comb(layouts: list[tuple[int, ...]], num_requests: int, max_rows: int
     fitting = [
         lengths
         for lengths in layouts
-        if lengths[0] and num_requests * rows_of(lengths) <= max_rows and num_requests * sum(lengths) <= max_mask_rows
+        if lengths[0] and num_requests * (len(lengths) + sum(lengths)) <= max_rows and num_requests * sum(lengths) <= max_mask_rows
     ]
-    return fitting[-1] if fitting else layouts[0]
+    return fitting[-1] if fitting else (0,) * len(layouts[0])
 
 
 @dataclass

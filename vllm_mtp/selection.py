@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from vllm_mtp.adapter import AdapterError, is_adapter, read_adapter, validate_folder
 from vllm_mtp.config import AdapterConfig, ServingOptions
+from vllm_mtp.layout import group_lengths
 
 PROPOSER = "vllm_mtp.runner.v1.MaskTokenProposer"
 OPTIONS = tuple(name for name in ServingOptions.model_fields if name not in ("adapter", "num_speculative_tokens"))
@@ -97,6 +98,12 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
     ):
         if getattr(parallel_config, name, 1) > 1:
             raise ConfigurationError(f"mask-token prediction does not support {flag} {getattr(parallel_config, name)} yet: use 1")
+    if options.layout != "auto" and group_lengths(options.layout, k)[0] == 0 and runs_on_v2():
+        raise ConfigurationError(
+            f"layout {options.layout!r} drafts nothing behind a step's first row. vLLM's V2 model runner verifies drafts of every "
+            "request in every step, so one that has none could never draft again: use quadratic, auto or a list that begins with a "
+            "group, or set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     if getattr(parallel_config, "use_ubatching", False):
         raise ConfigurationError("mask-token prediction does not support dual batch overlap yet: leave --enable-dbo out")
     if getattr(model_config, "is_multimodal_model", False):

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -21,6 +21,7 @@ from vllm_mtp.config import AdapterConfig
 from vllm_mtp.sampler_head import SamplerHead
 
 CACHE_BYTES = 512 << 20
+Outputs = TypeVar("Outputs")
 
 
 class Engine:
@@ -55,7 +56,7 @@ class Engine:
         """A counter of vLLM's metrics."""
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
 
-    def forwards(self, work: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float]:
+    def forwards(self, work: Callable[[], Outputs]) -> tuple[Outputs, float]:
         """What `work` returned, and its output tokens for each forward of a request: 1 + accepted drafts per verification."""
         before = {name: self.metric(name) for name in ("vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_drafts")}
         outputs = work()

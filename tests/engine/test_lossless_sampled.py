@@ -19,10 +19,10 @@ SAMPLES, TOKENS, NUM_PROMPTS = 2000, 4, 3
 Counts = list[Counter[int]]
 
 
-def sample(engine: Engine, prompt: str, seed: int, temperature: float = 1.0) -> Counts:
+def sample(engine: Engine, prompt: str, seed: int, temperature: float = 1.0, top_p: float = 0.9) -> Counts:
     """Counts of the tokens at each position over `SAMPLES` continuations of `prompt`."""
     torch.manual_seed(seed)  # requests without a seed of their own draw from the global generator
-    params = SamplingParams(temperature=temperature, top_p=0.9, max_tokens=TOKENS, ignore_eos=True, n=SAMPLES)
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=TOKENS, ignore_eos=True, n=SAMPLES)
     completions = engine.llm.generate([prompt], params, use_tqdm=False)[0].outputs
     return [Counter(completion.token_ids[i] for completion in completions) for i in range(TOKENS)]
 

@@ -31,6 +31,7 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         ValueError: the server is set up in a way that mask rows do not support.
     """
 
+    is_mask_token_speculator = True
     supports_mm_inputs = False
     draft_logits = None
 

@@ -1,7 +1,7 @@
 """First on PYTHONPATH, with TRITON_INTERPRET=1, this lets vLLM's CPU build run its V2 model runner under Triton's interpreter.
 
-vLLM asks Triton for an active backend and a CPU build has none; one that claims to be active is enough, for the interpreter compiles
-nothing.
+vLLM asks Triton for an active backend and a CPU build has none; one that claims to be active is enough, for the interpreter
+compiles nothing.
 """
 
 import os

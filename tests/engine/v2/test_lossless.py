@@ -1,0 +1,109 @@
+"""On the V2 runner too, output is plain vLLM's: greedy token by token, sampled in distribution. fp32."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+
+from tests.engine import test_lossless_sampled as sampled
+from tests.engine.conftest import Engine, Engines, speculative
+from vllm_mtp import demo
+
+pytestmark = pytest.mark.engine
+SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 320}
+Plain = Callable[[int, int], list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def plain(engines: Engines, prompts: list[str]) -> Plain:
+    """(number of prompts, tokens) -> what plain vLLM gives on this runner."""
+    known: dict[tuple[int, int], list[list[int]]] = {}
+
+    def outputs(count: int, tokens: int) -> list[list[int]]:
+        if (count, tokens) not in known:
+            known[count, tokens] = engines(**SMALL).greedy(prompts[:count], tokens)
+        return known[count, tokens]
+
+    return outputs
+
+
+def speculating(engines: Engines, config: dict[str, Any], **options: Any) -> Engine:
+    engine = engines(config, **{**SMALL, **options})
+    assert isinstance(engine.runner, CPUModelRunner)  # V2
+    assert engine.runner.speculator.is_mask_token_speculator
+    return engine
+
+
+@pytest.mark.parametrize(("k", "layout"), [(4, "quadratic"), (8, "auto"), (2, (2, 1, 1))])
+def test_greedy(engines: Engines, prompts: list[str], plain: Plain, k: int, layout: Any) -> None:
+    expected = plain(4, 24)
+    engine = speculating(engines, speculative(demo.ADAPTER, k, layout))
+    outputs, per_forward = engine.forwards(lambda: engine.greedy(prompts[:4], 24))
+    assert outputs == expected
+    assert per_forward > 1.4
+
+
+def test_random_adapter(engines: Engines, prompts: list[str], plain: Plain, random_adapter: Path) -> None:
+    expected = plain(4, 24)
+    assert speculating(engines, speculative(random_adapter, 4)).greedy(prompts[:4], 24) == expected
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_asynchronous_scheduling(engines: Engines, prompts: list[str], plain: Plain) -> None:
+    expected = plain(4, 24)
+    engines.close()
+    # Prompts come in chunks of as many rows as a decode, and the cache is so small that requests preempt each other.
+    engine = speculating(
+        engines,
+        speculative(demo.ADAPTER, 4),
+        block_size=32,
+        num_gpu_blocks_override=11,
+        long_prefill_token_threshold=5,
+        enable_prefix_caching=True,
+    )
+    assert isinstance(engine.llm.llm_engine.engine_core.engine_core.scheduler, AsyncScheduler)
+    preempted = engine.metric("vllm:num_preemptions")
+    outputs, per_forward = engine.forwards(lambda: engine.greedy(prompts[:4], 24))
+    assert outputs == expected
+    assert per_forward > 1.4
+    assert engine.metric("vllm:num_preemptions") > preempted
+    hits = engine.metric("vllm:prefix_cache_hits")
+    assert engine.greedy(prompts[:2], 24) == expected[:2]
+    assert engine.metric("vllm:prefix_cache_hits") > hits
+    engines.close()
+
+
+def test_up_to_the_models_length(engines: Engines, prompts: list[str]) -> None:
+    options = {**SMALL, "max_model_len": 56}
+    short = [prompt[-90:] for prompt in prompts[:3]]
+    expected = engines(**options).greedy(short, 100, ignore_eos=True)
+    assert speculating(engines, speculative(demo.ADAPTER, 8), **options).greedy(short, 100, ignore_eos=True) == expected
+
+
+def test_sampled_tokens_have_plains_distribution(engines: Engines, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against plain vLLM on the V1 runner, which needs no interpreter and can give as many samples as before."""
+
+    def sample(engine: Engine, seed: int, samples: int, temperature: float = 1.0) -> sampled.Counts:
+        monkeypatch.setattr(sampled, "SAMPLES", samples)
+        return sampled.sample(engine, prompts[1], seed, temperature, top_p=1.0)  # vLLM's top-p kernel is not for the interpreter
+
+    monkeypatch.setattr(sampled, "TOKENS", 2)
+    options = {**SMALL, "max_num_seqs": 50}
+    with monkeypatch.context() as v1:
+        v1.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        engines.close()
+        plain = sample(engines(**options), 1, 2000)
+        few = sample(engines(**options), 2, 100)
+        cooler = sample(engines(**options), 3, 100, temperature=0.5)
+        engines.close()
+    engine = speculating(engines, speculative(demo.ADAPTER, 2), **options)
+    ours, per_forward = engine.forwards(lambda: sample(engine, 4, 100))
+    values = {name: sampled.smallest([plain], [other]) for name, other in (("floor", few), ("ours", ours), ("cooler", cooler))}
+    print(", ".join(f"p({name} = plain) = {value:.3g}" for name, value in values.items()))
+    assert per_forward > 1.01
+    assert values["floor"] > 1e-3
+    assert values["ours"] > 1e-3
+    assert values["cooler"] < 1e-3
