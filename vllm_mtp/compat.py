@@ -88,7 +88,9 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             config = original(self, target_model_config, target_parallel_config)
         finally:
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
-        return selection.for_v2_runner(config, options) if selection.runs_on_v2() else config
+        if not selection.runs_on_v2():
+            return config
+        return selection.for_v2_runner(config, options, self.max_num_seqs, self.max_num_batched_tokens)
 
     return create_speculative_config
 
@@ -133,14 +135,14 @@ def _ours(runner: Any) -> Any:
 
 
 def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
-    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+    def init_speculator(vllm_config: Any, device: Any, *args: Any) -> Any:
         from vllm_mtp import selection
 
         if not selection.selected(vllm_config):
-            return original(vllm_config, device, req_states)
+            return original(vllm_config, device, *args)
         from vllm_mtp.runner.v2 import MaskTokenSpeculator
 
-        return MaskTokenSpeculator(vllm_config, device, req_states)
+        return MaskTokenSpeculator(vllm_config, device)
 
     return init_speculator
 
@@ -150,7 +152,7 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, *args, **kwargs)
         speculator = _ours(self)
         if speculator is not None:
-            speculator.load_model(self.model, self.model_state)
+            speculator.load_model(self)
 
     return load_model
 

@@ -79,7 +79,7 @@ class ServingOptions(StrictModel):
 
     max_mask_rows: Annotated[int, Field(ge=1)] | None = None
     """Most mask rows of a step, however many requests it has; those beyond go without drafts. None: on a CPU as many as
-    --max-num-batched-tokens leaves, on an accelerator `target.MASK_ROWS_OF_AN_ACCELERATOR`."""
+    --max-num-batched-tokens leaves, on an accelerator `load.MASK_ROWS_OF_AN_ACCELERATOR`."""
 
     @field_validator("layout", mode="before")
     @classmethod

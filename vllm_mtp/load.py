@@ -43,11 +43,21 @@ def fitting_layouts(k: int, max_rows: int) -> list[tuple[int, ...]]:
     return [lengths for lengths in candidate_layouts(k) if not any(lengths) or rows_of(lengths) <= max_rows]
 
 
+MASK_ROWS_OF_AN_ACCELERATOR = 1024
+"""Most mask rows of a step on an accelerator, unless `max_mask_rows` says otherwise. Rows are free while a step is bound by reading
+weights, which in bf16 ends near 300 rows on an H100 or H200 (800 TFLOP/s over 3-5 TB/s); past three times that they cost more than
+they can bring. From the data sheets, not measured."""
+
+
+def mask_row_budget(asked: int | None, max_rows: int, *, on_cpu: bool) -> int:
+    """Most mask rows of a step: the operator's `max_mask_rows` or the platform's, and never more than a step may have rows."""
+    return min(max_rows, asked or (max_rows if on_cpu else MASK_ROWS_OF_AN_ACCELERATOR))
+
+
 def widest_comb(layouts: list[tuple[int, ...]], num_requests: int, max_rows: int, max_mask_rows: int) -> tuple[int, ...]:
     """The layout with the longest groups behind every row that `num_requests` requests have room for, else the one without masks.
 
-    What stands for `auto` where steps are not timed one by one, because under asynchronous scheduling they overlap, and where every
-    request verifies k drafts in every step, however many there are.
+    What stands for `auto` where steps are not timed one by one, because under asynchronous scheduling they overlap.
 
     Args:
         layouts: from which to choose, in order of their rows.
@@ -57,9 +67,23 @@ def widest_comb(layouts: list[tuple[int, ...]], num_requests: int, max_rows: int
     fitting = [
         lengths
         for lengths in layouts
-        if lengths[0] and num_requests * (len(lengths) + sum(lengths)) <= max_rows and num_requests * sum(lengths) <= max_mask_rows
+        if lengths[0] and num_requests * rows_of(lengths) <= max_rows and num_requests * sum(lengths) <= max_mask_rows
     ]
     return fitting[-1] if fitting else (0,) * len(layouts[0])
+
+
+def drafts_by_batch_size(
+    layouts: list[tuple[int, ...]], max_requests: int, max_rows: int, max_mask_rows: int
+) -> list[tuple[int, int, int]]:
+    """What `widest_comb` drafts, as vLLM's scheduler wants it: (first, last number of requests, drafts)."""
+    ranges: list[tuple[int, int, int]] = []
+    for count in range(1, max_requests + 1):
+        drafts = max(widest_comb(layouts, count, max_rows, max_mask_rows))
+        if ranges and ranges[-1][2] == drafts:
+            ranges[-1] = (ranges[-1][0], count, drafts)
+        else:
+            ranges.append((count, count, drafts))
+    return ranges
 
 
 @dataclass

@@ -9,11 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vllm_mtp import load
 from vllm_mtp.adapter import AdapterError, is_adapter, read_adapter, validate_folder
 from vllm_mtp.config import AdapterConfig, ServingOptions
 from vllm_mtp.layout import group_lengths
 
 PROPOSER = "vllm_mtp.runner.v1.MaskTokenProposer"
+USUAL_REQUESTS, USUAL_ROWS = 1024, 8192
+"""vLLM's defaults for servers on large GPUs (engine/arg_utils.py, get_batch_defaults), which are settled only after us."""
 OPTIONS = tuple(name for name in ServingOptions.model_fields if name not in ("adapter", "num_speculative_tokens"))
 
 
@@ -127,15 +130,28 @@ def runs_on_v2() -> bool:
     return HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else bool(envs.VLLM_USE_V2_MODEL_RUNNER)
 
 
-def for_v2_runner(config: Any, options: ServingOptions) -> Any:
+def for_v2_runner(config: Any, options: ServingOptions, max_requests: int | None, max_rows: int | None) -> Any:
     """The configuration that `as_custom_class` gave, in the form that the V2 runner and asynchronous scheduling know: `mtp`.
 
     Only the name: there is no draft model and no draft KV cache (`MaskTokenSpeculativeConfig.use_eagle`).
+
+    Args:
+        config: vLLM's speculative configuration.
+        options: ours.
+        max_requests, max_rows: max_num_seqs and max_num_batched_tokens, None where the operator leaves them to vLLM; under `auto`
+            they say how many drafts the scheduler asks for, by the number of requests.
     """
+    from vllm.platforms import current_platform
+
     from vllm_mtp.v2_config import MaskTokenSpeculativeConfig
 
     config.__class__ = MaskTokenSpeculativeConfig
     config.method, config.model = "mtp", options.adapter
+    if options.layout == "auto":
+        max_requests, max_rows = max_requests or USUAL_REQUESTS, max_rows or USUAL_ROWS
+        budget = load.mask_row_budget(options.max_mask_rows, max_rows, on_cpu=current_platform.is_cpu())
+        layouts = load.fitting_layouts(options.num_speculative_tokens, budget)
+        config.num_speculative_tokens_per_batch_size = load.drafts_by_batch_size(layouts, max_requests, max_rows, budget)
     config.hook()
     return config
 

@@ -26,11 +26,6 @@ from vllm_mtp.plan import PlannedStep, Planner, most_groups
 
 logger = init_logger("vllm.mtp")
 
-MASK_ROWS_OF_AN_ACCELERATOR = 1024
-"""Most mask rows of a step on an accelerator, unless `max_mask_rows` says otherwise. Rows are free while a step is bound by reading
-weights, which in bf16 ends near 300 rows on an H100 or H200 (800 TFLOP/s over 3-5 TB/s); past three times that they cost more than
-they can bring. From the data sheets, not measured."""
-
 
 class MaskTokenTarget:
     """One served model, its adapter and its scratch blocks.
@@ -54,8 +49,7 @@ class MaskTokenTarget:
         self.max_model_len = vllm_config.model_config.max_model_len
         self.max_requests = vllm_config.scheduler_config.max_num_seqs
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
-        allowed = self.max_rows if current_platform.is_cpu() else MASK_ROWS_OF_AN_ACCELERATOR
-        self.max_mask_rows = min(self.max_rows, self.options.max_mask_rows or allowed)
+        self.max_mask_rows = load.mask_row_budget(self.options.max_mask_rows, self.max_rows, on_cpu=current_platform.is_cpu())
         layout = self.options.layout
         self.layouts = load.fitting_layouts(self.k, self.max_mask_rows) if layout == "auto" else [group_lengths(layout, self.k)]
         if current_platform.is_cpu():
@@ -191,7 +185,11 @@ class MaskTokenTarget:
         if len(config.kv_cache_groups) != 1:
             raise ValueError("mask-token prediction does not support models with several KV cache groups (hybrid attention) yet")
         for tensor in config.kv_cache_tensors:
-            if tensor.offset != 0 or tensor.layer_stride != tensor.block_stride * config.num_blocks:
+            if not hasattr(tensor, "layer_stride") and not tensor.block_stride:  # vLLM 0.26: a tensor of its own for each layer
+                tensor.size += tensor.size // config.num_blocks * num_scratch
+                continue
+            layers_first = getattr(tensor, "layer_stride", 0) == tensor.block_stride * config.num_blocks
+            if tensor.offset != 0 or not layers_first:
                 raise ValueError(
                     "mask-token prediction needs a KV cache whose layers lie one after the other; this layout is not supported yet"
                 )
@@ -200,6 +198,7 @@ class MaskTokenTarget:
             tensor.layer_stride += num_scratch * tensor.block_stride
         self.first_scratch_block = config.num_blocks
         config.num_blocks += num_scratch
+        self.num_blocks = config.num_blocks
         return config
 
     def bind(self, runner: Any) -> None:
@@ -221,7 +220,7 @@ class MaskTokenTarget:
             )
         self.builder = self._metadata_builder(group)
         context = self.config.compilation_config.static_forward_context
-        self.attention.bind([context[name].kv_cache for name in group.layer_names])
+        self.attention.bind([context[name].kv_cache for name in group.layer_names], self.num_blocks)
         self.planner.bind(self.config.cache_config.block_size, self.first_scratch_block)
         self.draft = self._compiled_drafter()
         logger.info(

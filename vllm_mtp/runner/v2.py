@@ -25,7 +25,6 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
     Args:
         vllm_config: vLLM's configuration.
         device: of the runner.
-        req_states: the runner's request states (v1/worker/gpu/states.py).
 
     Raises:
         ValueError: the server is set up in a way that mask rows do not support.
@@ -35,23 +34,28 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
     supports_mm_inputs = False
     draft_logits = None
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config)
-        if vllm_config.watermark_config is not None:
+        if getattr(vllm_config, "watermark_config", None) is not None:
             raise ValueError("mask-token prediction does not support watermarking: leave the watermark configuration out")
         if vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
             raise ValueError(
                 "mask-token prediction runs prompt steps outside of CUDA graphs: set cudagraph_mode to FULL_AND_PIECEWISE or "
                 "FULL_DECODE_ONLY in --compilation-config"
             )
-        self.req_states = req_states
         self.drafts = torch.zeros(self.max_requests, self.k, dtype=torch.int64, device=device)
         self.planned: PlannedStep | None = None
 
-    def load_model(self, model: torch.nn.Module, model_state: ModelState) -> None:
-        """Installs mask rows in the loaded model, and the plan of a step behind vLLM's own preparation of its attention."""
-        self.install(model, lambda: self.planned, self._warming_up, keep_states=True)
-        prepare_attn = model_state.prepare_attn
+    def load_model(self, runner: Any) -> None:
+        """Installs mask rows in the loaded model, and the plan of a step behind vLLM's own preparation of its attention.
+
+        Args:
+            runner: vLLM's model runner, with its model, model state and request states (v1/worker/gpu/states.py).
+        """
+        self.install(runner.model, lambda: self.planned, self._warming_up, keep_states=True)
+        self.req_states = runner.req_states
+        state: ModelState = runner.model_state
+        prepare_attn = state.prepare_attn
 
         def prepare_and_plan(
             input_batch: InputBatch,
@@ -61,16 +65,16 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
             attn_groups: Any,
             kv_cache_config: Any,
             for_capture: bool = False,
-            ubatch_idx: int = 0,
+            **kwargs: Any,
         ) -> dict[str, Any]:
             metadata = prepare_attn(
-                input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, for_capture, ubatch_idx
+                input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, for_capture, **kwargs
             )
             step = self._step(input_batch, block_tables[0], cudagraph_mode == CUDAGraphMode.FULL or for_capture, for_capture)
             self.planned = None if step is None else self.planner.plan(step)
             return metadata
 
-        model_state.prepare_attn = prepare_and_plan  # type: ignore[method-assign]
+        state.prepare_attn = prepare_and_plan  # type: ignore[method-assign, assignment]
 
     def _warming_up(self) -> bool:
         from vllm.forward_context import get_forward_context
@@ -96,8 +100,9 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
             num_requests = batch.num_reqs
             scheduled = batch.num_draft_tokens_per_req
             drafts = [0] * num_requests if scheduled is None else scheduled.tolist()
-            ends = batch.num_computed_prefill_tokens_np[:num_requests] + batch.num_scheduled_tokens[:num_requests]
-            inside_prompt = batch.is_prefilling_np[:num_requests] & (ends < batch.prefill_len_np[:num_requests])
+            states, index = self.req_states, batch.idx_mapping_np[:num_requests]
+            ends = states.num_computed_prefill_tokens[index] + batch.num_scheduled_tokens[:num_requests]
+            inside_prompt = batch.is_prefilling_np[:num_requests] & (ends < states.prefill_len.np[index])
             num_rows = tuple(batch.num_scheduled_tokens[:num_requests].tolist())
             num_drafts = tuple(-1 if inside else d for inside, d in zip(inside_prompt.tolist(), drafts, strict=True))
             request_len = batch.seq_lens[:num_requests].long()
