@@ -18,7 +18,9 @@ SNAPSHOT = """
     import importlib, types
     MODULES = '''
         vllm.engine.arg_utils vllm.config.speculative vllm.config.vllm vllm.v1.core.sched.scheduler vllm.v1.core.kv_cache_manager
-        vllm.v1.worker.gpu_model_runner vllm.v1.worker.cpu_model_runner vllm.v1.worker.cpu_worker vllm.v1.worker.gpu_input_batch
+        vllm.v1.worker.gpu_model_runner vllm.v1.worker.gpu_worker vllm.v1.worker.gpu.model_runner
+        vllm.v1.worker.gpu.spec_decode vllm.v1.worker.gpu.spec_decode.rejection_sampler vllm.v1.worker.gpu.model_states.default
+        vllm.v1.worker.cpu_model_runner vllm.v1.worker.cpu_worker vllm.v1.worker.gpu_input_batch
         vllm.v1.sample.rejection_sampler vllm.v1.sample.sampler vllm.v1.attention.backend vllm.v1.attention.backends.cpu_attn
         vllm.v1.attention.backends.registry vllm.model_executor.layers.attention.attention vllm.model_executor.layers.linear
         vllm.model_executor.models.llama vllm.model_executor.models.registry vllm.v1.spec_decode.custom_class_proposer

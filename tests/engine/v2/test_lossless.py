@@ -37,10 +37,11 @@ def speculating(engines: Engines, config: dict[str, Any], **options: Any) -> Eng
     return engine
 
 
-@pytest.mark.parametrize(("k", "layout"), [(4, "quadratic"), (8, "auto"), (2, (2, 1, 1))])
-def test_greedy(engines: Engines, prompts: list[str], plain: Plain, k: int, layout: Any) -> None:
+# 24 mask rows are a comb of 4 for one request and one of 2 for four: drafts, rows and layout follow the batch.
+@pytest.mark.parametrize(("k", "layout", "budget"), [(8, "quadratic", None), (4, "auto", 24), (2, (2, 1, 1), None)])
+def test_greedy(engines: Engines, prompts: list[str], plain: Plain, k: int, layout: Any, budget: int | None) -> None:
     expected = plain(4, 24)
-    engine = speculating(engines, speculative(demo.ADAPTER, k, layout))
+    engine = speculating(engines, speculative(demo.ADAPTER, k, layout, max_mask_rows=budget))
     outputs, per_forward = engine.forwards(lambda: engine.greedy(prompts[:4], 24))
     assert outputs == expected
     assert per_forward > 1.4
