@@ -5,6 +5,7 @@ Rows before N are real rows, rows from N on are mask rows, so the gate is a spli
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,37 @@ class LowRank(Protocol):
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+
+
+@dataclass
+class Shard:
+    """The part of a module's LoRA that sits on one tensor-parallel rank: a [r, in of the rank], b [out of the rank, r], scale."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+def shard(lora: LowRank, layer: Any, num_outputs: int) -> Shard:
+    """The part of `lora` that belongs to a rank's part of the base weight W [out, in].
+
+    Where a rank has rows of W (column-parallel), it takes the same rows of B, and all of A. Where it has columns of W
+    (row-parallel), it takes the same columns of A, and all of B: the layer's all-reduce sums the ranks' B A x with their W x, once.
+    What W repeats on several ranks, K and V heads fewer than ranks, B repeats too.
+
+    Args:
+        lora: of the whole module.
+        layer: vLLM's linear layer (model_executor/layers/linear.py, LinearBase) that the module is, or is fused into.
+        num_outputs: output features of the module on this rank.
+    """
+    num_inputs = getattr(layer, "input_size_per_partition", layer.input_size)
+
+    def first(here: int, everywhere: int) -> int:
+        neighbours_with_the_same = layer.tp_size * here // everywhere
+        return layer.tp_rank // neighbours_with_the_same * here
+
+    a = lora.a.narrow(1, first(num_inputs, lora.a.shape[1]), num_inputs)
+    return Shard(a, lora.b.narrow(0, first(num_outputs, lora.b.shape[0]), num_outputs), lora.scale)
 
 
 class RowSplit:
@@ -54,7 +86,7 @@ class GatedLinear:
 
     Args:
         layer: vLLM's linear layer (model_executor/layers/linear.py, LinearBase), loaded.
-        slices: (first output row, LoRA) of each fused part: q, k, v or gate, up, or the layer itself.
+        slices: (first output row, LoRA) of each fused part: q, k, v or gate, up, or the layer itself; of this rank.
         rows: where real rows end.
         linear: makes a product with a weight [out, in].
     """
@@ -67,7 +99,7 @@ class GatedLinear:
         self.base: Callable[..., torch.Tensor] = layer.quant_method.apply
         device, dtype = next((p.device for p in layer.parameters()), torch.device("cpu")), layer.params_dtype
         self.down = linear(torch.cat([lora.a for _, lora in slices]).to(device, dtype))
-        up = torch.zeros(layer.output_size_per_partition, sum(lora.a.shape[0] for _, lora in slices))
+        up = torch.zeros(sum(layer.output_partition_sizes), sum(lora.a.shape[0] for _, lora in slices))
         column = 0
         for at, lora in slices:
             up[at : at + lora.b.shape[0], column : column + lora.a.shape[0]] = lora.scale * lora.b
@@ -109,10 +141,20 @@ def plain_product(weight: torch.Tensor) -> Product:
     return lambda x: torch.nn.functional.linear(x, weight)
 
 
+def _output_features(layer: Any, num_parts: int) -> list[tuple[int, int]]:
+    """Output features of each module that is fused into `layer`: of the whole module, and on this rank."""
+    if num_parts == 1:
+        return [(layer.output_size, sum(layer.output_partition_sizes))]
+    # QKVParallelLinear counts a K or V head once for every rank that has it.
+    copies = getattr(layer, "num_kv_head_replicas", 1)
+    first, *others = layer.output_sizes
+    return list(zip([first, *(size // copies for size in others)], layer.output_partition_sizes, strict=True))
+
+
 def install(
     target: torch.nn.Module, lora: dict[str, Any], rows: RowSplit, linear: Callable[[torch.Tensor], Product] = plain_product
 ) -> None:
-    """Puts the LoRA beside every linear layer of `target` that it names.
+    """Puts the LoRA beside every linear layer of `target` that it names; of a layer split over ranks, this rank's part.
 
     Args:
         target: a loaded vLLM model; its `packed_modules_mapping` says which modules are fused.
@@ -132,9 +174,9 @@ def install(
             continue
         parent, _, last = name.rpartition(".")
         parts = packed.get(last, [last])
-        sizes = list(getattr(layer, "output_sizes", [layer.output_size])) if len(parts) > 1 else [layer.output_size]
-        slices, at = [], 0
-        for part, size in zip(parts, sizes, strict=True):
+        slices: list[tuple[int, LowRank]] = []
+        at = 0
+        for part, (size, size_here) in zip(parts, _output_features(layer, len(parts)), strict=True):
             path = f"{parent}.{part}"
             if path in lora:
                 shape = (lora[path].b.shape[0], lora[path].a.shape[1])
@@ -142,9 +184,9 @@ def install(
                     raise ValueError(
                         f"the LoRA of {path} maps {shape[1]} to {shape[0]} features; the base has {layer.input_size} and {size}"
                     )
-                slices.append((at, lora[path]))
+                slices.append((at, shard(lora[path], layer, size_here)))
                 unused.discard(path)
-            at += size
+            at += size_here
         if slices:
             GatedLinear(layer, slices, rows, linear)
     if unused:
