@@ -2,6 +2,7 @@
 in turn."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,6 +14,42 @@ class Sampler(Protocol):
     def project(self, z: torch.Tensor) -> torch.Tensor: ...
 
     def step(self, previous: torch.Tensor, projected: torch.Tensor, z: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """Rows of the unembedding W [V, d] that can be read one by one: all of them, or those of one tensor-parallel rank.
+
+    Attributes:
+        weight: [n, d]; row i belongs to token `first` + i. Rows from token `end` on are padding.
+        first, end: tokens whose rows are here.
+        sum_over_ranks: adds a tensor up over the ranks, where they share W; None: all rows are here.
+    """
+
+    weight: torch.Tensor
+    first: int
+    end: int
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """W[tokens] as float32, [..., d]; zeros where another rank has the row."""
+        if self.sum_over_ranks is None:
+            return self.weight[tokens].float()
+        here = (tokens >= self.first) & (tokens < self.end)
+        return self.weight[torch.where(here, tokens - self.first, 0)].float() * here[..., None]
+
+    def scores(self, rows: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """W[tokens] s of each request's candidates, the same on every rank, [R, C].
+
+        The ranks exchange scores, never rows of W: those are d times as much.
+
+        Args:
+            rows: `rows(tokens)`, [R, C, d].
+            state: s, [R, d].
+        """
+        # Not a batched product: in bf16 on a CPU one of a single column takes ten times as long.
+        scores = (rows * state[:, None]).sum(-1)
+        return scores if self.sum_over_ranks is None else self.sum_over_ranks(scores)
 
 
 class Drafter:
@@ -27,7 +64,7 @@ class Drafter:
     Args:
         compute_logits: the target's unembedding, [n, d] -> [n, V].
         embed: the target's embedding, [n] -> [n, d].
-        unembedding: W [V, d], or None if it cannot be read row by row; then every token is a candidate.
+        unembedding: W, or None if it cannot be read row by row; then every token is a candidate.
         sampler: the sampler head, or None: drafts are the plain head's argmax.
         candidates: C.
         vocab_size: V.
@@ -37,7 +74,7 @@ class Drafter:
         self,
         compute_logits: Callable[[torch.Tensor], torch.Tensor],
         embed: Callable[[torch.Tensor], torch.Tensor],
-        unembedding: torch.Tensor | None,
+        unembedding: Unembedding | None,
         sampler: Sampler | None,
         candidates: int,
         vocab_size: int,
@@ -62,16 +99,15 @@ class Drafter:
         if self.candidates is not None:
             assert self.unembedding is not None
             tokens = self.compute_logits(states.flatten(0, 1)).topk(self.candidates, sorted=False).indices.view(num_requests, k, -1)
-            weights = self.unembedding[tokens].float()
+            weights = self.unembedding.rows(tokens)
         projected = self.sampler.project(states)
         previous, drafts = sampled, []
         for i in range(k):
             state = self.sampler.step(self.embed(previous), projected[:, i], states[:, i])
-            if tokens is None or weights is None:
+            if tokens is None or weights is None or self.unembedding is None:
                 previous = self.compute_logits(state).argmax(-1)
             else:
-                # Not a batched product: in bf16 on a CPU one of a single column takes ten times as long.
-                best = (weights[:, i] * state[:, None]).sum(-1).argmax(1, keepdim=True)
+                best = self.unembedding.scores(weights[:, i], state).argmax(1, keepdim=True)
                 previous = tokens[:, i].gather(1, best)[:, 0]
             drafts.append(previous)
         return torch.stack(drafts, 1)

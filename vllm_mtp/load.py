@@ -6,6 +6,7 @@ of steps, the best one most of the time and its rivals ever more rarely. The lay
 them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_mtp.layout import group_lengths
@@ -116,9 +117,12 @@ class LayoutChooser:
 
     Args:
         layouts: what to choose from (`fitting_layouts`), in order of their rows.
+        agree: makes one time of those that the ranks of an engine measured; called once a burst. The time is all that could make
+            them choose different layouts.
     """
 
     layouts: list[tuple[int, ...]]
+    agree: Callable[[float], float] = float
 
     def __post_init__(self) -> None:
         self._buckets: dict[int, _Bucket] = {}
@@ -199,7 +203,7 @@ class LayoutChooser:
         bucket = self._buckets[self._bucket]
         arm, best = bucket.arms[self._arm], bucket.arms[bucket.best]
         arm.tokens = MEMORY * arm.tokens + self._tokens
-        arm.seconds = MEMORY * arm.seconds + self._seconds
+        arm.seconds = MEMORY * arm.seconds + self.agree(self._seconds)
         bucket.bursts += 1
         if arm is best:
             better = max(range(len(bucket.arms)), key=lambda i: bucket.arms[i].rate)

@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_mtp import compiled, gated_lora, load
+from vllm_mtp import compiled, gated_lora, load, parallel
 from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.cpu_linear import PackedLinear, PackedSampler
@@ -115,11 +115,6 @@ class MaskTokenTarget:
 
     def _drafter(self, model: Any, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Drafter:
         vocab_size = self.config.model_config.get_vocab_size()
-        lm_head = getattr(model, "lm_head", None)
-        weight = getattr(lm_head, "weight", None)
-        readable = (
-            weight is not None and weight.ndim == 2 and weight.shape[0] >= vocab_size and getattr(lm_head, "bias", None) is None
-        )
         sampler: Sampler | None = adapter.sampler
         if adapter.sampler is not None:
             head = adapter.sampler.to(device, dtype)
@@ -127,7 +122,7 @@ class MaskTokenTarget:
         return Drafter(
             model.compute_logits,
             model.embed_input_ids,
-            weight if readable else None,
+            parallel.unembedding(model, vocab_size),
             sampler,
             self.options.candidates,
             vocab_size,

@@ -7,6 +7,8 @@ import pytest
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.load import LayoutChooser, candidate_layouts, fitting_layouts, rows_of
 
+from .ranks import Rank, on_ranks
+
 K = 4
 PLAIN = (0,) * (K + 1)
 
@@ -109,3 +111,18 @@ def test_the_candidates_hold_plain_decoding_and_the_full_comb() -> None:
     assert layouts[-1] == group_lengths("quadratic", 8)
     assert [rows_of(lengths) for lengths in layouts] == sorted(map(rows_of, layouts))
     assert all(len(lengths) == 9 for lengths in layouts)
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_ranks_with_different_clocks_choose_the_same_layouts_if_they_agree_on_the_time(agreed: bool) -> None:
+    def layouts(rank: Rank) -> list[tuple[int, ...]]:
+        chooser, clock = LayoutChooser(fitting_layouts(K, 1000), rank.max if agreed else float), random.Random(rank.index)
+        chosen = []
+        for step in range(1000):
+            chosen.append(chooser.choose(1 + step // 400))
+            chooser.observe(1 + max(chosen[-1]) // 2, clock.uniform(0.5, 2.0))
+        return chosen
+
+    first, *others = on_ranks(3, layouts)
+    assert all(other == first for other in others) is agreed
+    assert len(set(first)) > 2

@@ -9,7 +9,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_mtp import compat, load
+from vllm_mtp import compat, load, parallel
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.target import MaskTokenTarget
 
@@ -34,7 +34,7 @@ class MaskTokenProposer(MaskTokenTarget):
             )
         compat.hook_v1_runner()
         self.runner: Any = None
-        self.chooser = load.LayoutChooser(self.layouts)
+        self.chooser = load.LayoutChooser(self.layouts, parallel.longest)
         self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def load_model(self, target: torch.nn.Module) -> None:
