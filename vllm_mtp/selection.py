@@ -93,14 +93,24 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
             f"num_speculative_tokens is {k}, but the adapter {options.adapter} was trained with {config.num_mask_tokens} mask "
             f"tokens: ask for at most {config.num_mask_tokens}"
         )
-    for name, flag in (
-        ("tensor_parallel_size", "--tensor-parallel-size"),
-        ("pipeline_parallel_size", "--pipeline-parallel-size"),
-        ("data_parallel_size", "--data-parallel-size"),
-        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+    for name, why, remedy in (
+        (
+            "pipeline_parallel_size",
+            "mask rows join the forward at its first layer and are drafted from after its last, which must be in one process",
+            "use --tensor-parallel-size instead",
+        ),
+        ("decode_context_parallel_size", "mask rows read the KV cache as a whole, and it would be split over ranks", "use 1"),
+        ("prefill_context_parallel_size", "mask rows need all rows of their request, and they would be split over ranks", "use 1"),
     ):
-        if getattr(parallel_config, name, 1) > 1:
-            raise ConfigurationError(f"mask-token prediction does not support {flag} {getattr(parallel_config, name)} yet: use 1")
+        if (size := getattr(parallel_config, name, 1)) > 1:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigurationError(f"mask-token prediction does not support {flag} {size}: {why}; {remedy}")
+    # Ranks of a dense model are engines that know nothing of each other (v1/engine/core.py, run_engine_core).
+    if (ranks := getattr(parallel_config, "data_parallel_size", 1)) > 1 and model_config.is_moe:
+        raise ConfigurationError(
+            f"mask-token prediction does not support --data-parallel-size {ranks} for a mixture of experts: its ranks agree on the "
+            "rows of every step, and do not count mask rows; use --tensor-parallel-size, or start a server for each rank"
+        )
     if options.layout != "auto" and group_lengths(options.layout, k)[0] == 0 and runs_on_v2():
         raise ConfigurationError(
             f"layout {options.layout!r} drafts nothing behind a step's first row. vLLM's V2 model runner verifies drafts of every "

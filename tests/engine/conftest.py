@@ -40,6 +40,10 @@ class Engine:
         """Our proposer."""
         return self.runner.drafter
 
+    def on_ranks(self, function: Callable[[Any], Any]) -> list[Any]:
+        """What `function` returns of each tensor-parallel rank's worker; it runs in the worker's process."""
+        return self.llm.collective_rpc(function)
+
     def greedy(self, prompts: list[Any], max_tokens: int, *, at_once: int | None = None, **sampling: Any) -> list[list[int]]:
         """Greedy tokens of each prompt (text, or a dictionary with `prompt_token_ids`); `at_once` = 1 runs them one after
         the other."""

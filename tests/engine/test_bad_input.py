@@ -102,8 +102,6 @@ def test_a_damaged_adapter_is_refused(adapter: Path, damage: Callable[[Path], No
         ({"layout": [4, 4, 4, 4, 5]}, {}, "group of 5"),
         ({"candidates": 0}, {}, "candidates"),
         ({"layuot": "linear"}, {}, "layuot"),
-        ({}, {"tensor_parallel_size": 2}, "--tensor-parallel-size"),
-        ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
     ],
 )
 def test_an_impossible_option_is_refused(options: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
