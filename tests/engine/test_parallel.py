@@ -176,3 +176,12 @@ def test_data_parallel_ranks_of_a_mixture_of_experts_are_refused(experts: tuple[
         ConfigurationError, match=r"--data-parallel-size 2 for a mixture of experts: .*; use --tensor-parallel-size"
     ):
         EngineArgs(**options, data_parallel_size=2).create_engine_config()
+
+
+@pytest.mark.full
+def test_two_compiled_tensor_parallel_ranks_answer_as_plain_vllm(engines: Engines, prompts: list[str], plain: Plain) -> None:
+    expected = plain(8, 48)
+    engine = engines(speculative(demo.ADAPTER, 4), tensor_parallel_size=2, enforce_eager=False)
+    outputs, per_forward = engine.forwards(lambda: engine.greedy(prompts[:8], 48))
+    assert outputs == expected
+    assert per_forward > 1.5
