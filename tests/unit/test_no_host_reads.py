@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from vllm_mtp.drafter import Drafter
+from vllm_mtp.drafter import Drafter, Unembedding
 from vllm_mtp.layout import group_lengths, plan_groups
 from vllm_mtp.load import widest_comb
 from vllm_mtp.mask_attention import ForkedSequences, StepSequences, _scratch_blocks
@@ -79,7 +79,7 @@ def test_drafting(fake: FakeTensorMode, candidates: int) -> None:
     drafter = Drafter(
         lambda states: states @ unembedding.T,
         lambda tokens: unembedding[tokens],
-        unembedding,
+        Unembedding(unembedding, 0, VOCABULARY),
         SamplerHead(WIDTH),
         candidates,
         VOCABULARY,
