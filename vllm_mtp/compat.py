@@ -77,6 +77,8 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
         check_version()
         options = selection.resolve(asked, self.additional_config or {}, target_model_config, target_parallel_config)
         self.additional_config = {**(self.additional_config or {}), "mtp": options.model_dump(mode="json")}
+        if (rows := selection.scheduled_rows(options, self)) is not None:
+            self.max_num_scheduled_tokens = rows
         given = self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens
         self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = (
             selection.as_custom_class(options),

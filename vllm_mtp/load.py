@@ -39,9 +39,18 @@ def rows_of(lengths: tuple[int, ...]) -> int:
     return 1 + width + sum(lengths[: width + 1])
 
 
-def fitting_layouts(k: int, max_rows: int) -> list[tuple[int, ...]]:
-    """The candidate layouts of which a single request's rows stay within `max_rows`; none at all always fits."""
-    return [lengths for lengths in candidate_layouts(k) if not any(lengths) or rows_of(lengths) <= max_rows]
+def fitting_layouts(k: int, max_rows: int, max_mask_rows: int) -> list[tuple[int, ...]]:
+    """The candidate layouts that a single request has room for; none at all always fits.
+
+    Args:
+        k: most drafts a request.
+        max_rows, max_mask_rows: most rows of a step, and most mask rows.
+    """
+    return [
+        lengths
+        for lengths in candidate_layouts(k)
+        if not any(lengths) or (rows_of(lengths) <= max_rows and sum(lengths) <= max_mask_rows)
+    ]
 
 
 MASK_ROWS_OF_AN_ACCELERATOR = 1024

@@ -160,10 +160,28 @@ def for_v2_runner(config: Any, options: ServingOptions, max_requests: int | None
     if options.layout == "auto":
         max_requests, max_rows = max_requests or USUAL_REQUESTS, max_rows or USUAL_ROWS
         budget = load.mask_row_budget(options.max_mask_rows, max_rows, on_cpu=current_platform.is_cpu())
-        layouts = load.fitting_layouts(options.num_speculative_tokens, budget)
+        layouts = load.fitting_layouts(options.num_speculative_tokens, max_rows, budget)
         config.num_speculative_tokens_per_batch_size = load.drafts_by_batch_size(layouts, max_requests, max_rows, budget)
     config.hook()
     return config
+
+
+def scheduled_rows(options: ServingOptions, engine_args: Any) -> int | None:
+    """What `max_num_scheduled_tokens` becomes, so that a step full of prompt tokens leaves room for mask rows; None: as it is.
+
+    Rows can be set aside only from a number that is known: where the operator leaves --max-num-batched-tokens to vLLM, that settles
+    it after us, and decoding requests go without fresh drafts while prompts fill every step. Without chunked prefill a prompt must
+    fit into a step, and nothing is set aside.
+    """
+    from vllm.platforms import current_platform
+
+    rows = engine_args.max_num_batched_tokens
+    if rows is None or engine_args.max_num_scheduled_tokens is not None or engine_args.enable_chunked_prefill is False:
+        return None
+    k = options.num_speculative_tokens
+    wanted = load.mask_row_budget(options.max_mask_rows, rows, on_cpu=current_platform.is_cpu())
+    of_all_requests = (engine_args.max_num_seqs or USUAL_REQUESTS) * k * (k + 1)
+    return int(rows - min(wanted, of_all_requests, rows // 2))
 
 
 def selected(vllm_config: Any) -> bool:

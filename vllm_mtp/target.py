@@ -51,7 +51,10 @@ class MaskTokenTarget:
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.max_mask_rows = load.mask_row_budget(self.options.max_mask_rows, self.max_rows, on_cpu=current_platform.is_cpu())
         layout = self.options.layout
-        self.layouts = load.fitting_layouts(self.k, self.max_mask_rows) if layout == "auto" else [group_lengths(layout, self.k)]
+        if layout == "auto":
+            self.layouts = load.fitting_layouts(self.k, self.max_rows, self.max_mask_rows)
+        else:
+            self.layouts = [group_lengths(layout, self.k)]
         if current_platform.is_cpu():
             keep_freed_memory()
 

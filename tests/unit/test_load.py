@@ -53,14 +53,14 @@ COMBS = [lengths for lengths in candidate_layouts(K) if len(set(lengths) - {0}) 
 @pytest.mark.parametrize("row_cost", [0.0, 0.002, 0.02, 0.2])
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.9])
 def test_the_best_layout_is_found_and_exploration_costs_little(requests: int, row_cost: float, acceptance: float) -> None:
-    server, chooser = Server(row_cost, acceptance), LayoutChooser(fitting_layouts(K, 1000))
+    server, chooser = Server(row_cost, acceptance), LayoutChooser(fitting_layouts(K, 1000, 1000))
     server.run(chooser, requests, 600)
     tokens, seconds = server.run(chooser, requests, 3000)
     assert tokens / seconds > 0.93 * max(server.rate(lengths, requests) for lengths in COMBS)
 
 
 def test_where_drafts_are_worthless_it_becomes_plain_decoding_and_stays_close_to_it() -> None:
-    server, chooser = Server(0.05, 0.0), LayoutChooser(fitting_layouts(K, 1000))
+    server, chooser = Server(0.05, 0.0), LayoutChooser(fitting_layouts(K, 1000, 1000))
     server.run(chooser, 4, 1000)
     assert chooser.best(4) == PLAIN
     _, seconds = server.run(chooser, 4, 4000)
@@ -68,7 +68,7 @@ def test_where_drafts_are_worthless_it_becomes_plain_decoding_and_stays_close_to
 
 
 def test_it_comes_back_when_drafts_become_worth_their_rows_again() -> None:
-    server, chooser = Server(0.01, 0.0), LayoutChooser(fitting_layouts(K, 1000))
+    server, chooser = Server(0.01, 0.0), LayoutChooser(fitting_layouts(K, 1000, 1000))
     server.run(chooser, 1, 2000)
     assert chooser.best(1) == PLAIN
     server.acceptance = 0.9
@@ -77,7 +77,7 @@ def test_it_comes_back_when_drafts_become_worth_their_rows_again() -> None:
 
 
 def test_batch_sizes_are_told_apart() -> None:
-    server, chooser = Server(0.02, 0.7), LayoutChooser(fitting_layouts(K, 1000))
+    server, chooser = Server(0.02, 0.7), LayoutChooser(fitting_layouts(K, 1000, 1000))
     for _ in range(20):
         server.run(chooser, 1, 200)
         server.run(chooser, 32, 200)
@@ -85,7 +85,7 @@ def test_batch_sizes_are_told_apart() -> None:
 
 
 def test_a_new_batch_size_does_not_begin_with_layouts_that_are_hopeless_at_the_next_one() -> None:
-    server, chooser = Server(0.2, 0.3), LayoutChooser(fitting_layouts(K, 1000))
+    server, chooser = Server(0.2, 0.3), LayoutChooser(fitting_layouts(K, 1000, 1000))
     server.run(chooser, 8, 2000)
     assert chooser.best(8) == PLAIN
     masked = 0
@@ -96,7 +96,7 @@ def test_a_new_batch_size_does_not_begin_with_layouts_that_are_hopeless_at_the_n
 
 
 def test_layouts_beyond_the_room_are_never_chosen() -> None:
-    server, chooser = Server(0.0, 1.0), LayoutChooser(fitting_layouts(K, 10))
+    server, chooser = Server(0.0, 1.0), LayoutChooser(fitting_layouts(K, 10, 10))
     seen = set()
     for _ in range(500):
         seen.add(chooser.choose(1))
@@ -116,7 +116,7 @@ def test_the_candidates_hold_plain_decoding_and_the_full_comb() -> None:
 @pytest.mark.parametrize("agreed", [True, False])
 def test_ranks_with_different_clocks_choose_the_same_layouts_if_they_agree_on_the_time(agreed: bool) -> None:
     def layouts(rank: Rank) -> list[tuple[int, ...]]:
-        chooser, clock = LayoutChooser(fitting_layouts(K, 1000), rank.max if agreed else float), random.Random(rank.index)
+        chooser, clock = LayoutChooser(fitting_layouts(K, 1000, 1000), rank.max if agreed else float), random.Random(rank.index)
         chosen = []
         for step in range(1000):
             chosen.append(chooser.choose(1 + step // 400))

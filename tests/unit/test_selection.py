@@ -1,0 +1,57 @@
+"""What an operator's options become for vLLM's two runners, without an engine."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_mtp.config import ServingOptions
+from vllm_mtp.load import drafts_by_batch_size, fitting_layouts
+from vllm_mtp.selection import ConfigurationError, _check_servable, runs_on_v2, scheduled_rows
+
+
+def options(**chosen: Any) -> ServingOptions:
+    return ServingOptions(adapter="a", num_speculative_tokens=4, **chosen)
+
+
+def check(chosen: ServingOptions) -> None:
+    model = SimpleNamespace(is_multimodal_model=False, is_moe=False, model="m")
+    _check_servable(chosen, SimpleNamespace(num_mask_tokens=4), model, SimpleNamespace())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", ["linear", (0, 4, 4, 4, 4), (0,) * 5])
+def test_what_could_never_draft_again_is_refused_on_v2(monkeypatch: pytest.MonkeyPatch, layout: Any) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert not runs_on_v2()
+    check(options(layout=layout))
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert runs_on_v2()
+    with pytest.raises(ConfigurationError, match="use quadratic, auto or a list that begins with a group, or set VLLM_USE_V2"):
+        check(options(layout=layout))
+    check(options(layout="quadratic"))
+    check(options(layout="auto"))
+
+
+def test_the_scheduler_asks_for_fewer_drafts_as_the_batch_grows() -> None:
+    # A comb of 4 takes 5 + 20 rows a request, one of 2 takes 3 + 6, one of 1 takes 2 + 2.
+    assert drafts_by_batch_size(fitting_layouts(4, 100, 100), 40, 100, 100) == [(1, 4, 4), (5, 11, 2), (12, 25, 1), (26, 40, 0)]
+    assert drafts_by_batch_size(fitting_layouts(4, 1000, 24), 6, 1000, 24) == [(1, 1, 4), (2, 4, 2), (5, 6, 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sequences", "given", "chunked", "expected"),
+    [
+        (2048, 16, None, None, 2048 - 16 * 20),  # as many as all requests can use
+        (2048, 1024, None, None, 1024),  # and no more than half
+        (2048, 16, None, False, None),  # a prompt must fit into a step
+        (2048, 16, 2000, None, None),  # the operator's own number
+        (None, 16, None, None, None),  # settled by vLLM after us
+    ],
+)
+def test_room_for_mask_rows_is_set_aside(
+    rows: int | None, sequences: int, given: int | None, chunked: bool | None, expected: int | None
+) -> None:
+    arguments = SimpleNamespace(
+        max_num_batched_tokens=rows, max_num_seqs=sequences, max_num_scheduled_tokens=given, enable_chunked_prefill=chunked
+    )
+    assert scheduled_rows(options(), arguments) == expected
