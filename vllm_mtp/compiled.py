@@ -1,5 +1,6 @@
 """Compiles what the plugin runs beside vLLM's own graph, as vLLM compiles that."""
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,4 +19,19 @@ def compiler(vllm_config: Any) -> Callable[[Any], Any] | None:
     if config.mode == CompilationMode.NONE:
         return None
     options = {**config.inductor_compile_config, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    return lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend="inductor", options=options)
+    return lambda function: torch.compile(
+        _with_code_of_its_own(function), fullgraph=True, dynamic=False, backend="inductor", options=options
+    )
+
+
+def _with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` behind a code object that nothing else has.
+
+    Dynamo keeps graphs by code object, and without guards the first one found is taken: that of another engine in this process, or
+    of another method under the same decorator.
+    """
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)

@@ -3,9 +3,11 @@ in turn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+
+from vllm_mtp.noise import gumbel
 
 
 class Sampler(Protocol):
@@ -52,6 +54,20 @@ class Unembedding:
         return scores if self.sum_over_ranks is None else self.sum_over_ranks(scores)
 
 
+class SampledDrafts(NamedTuple):
+    """Drafts, and the distribution that each was drawn from: softmax(scores / temperature) over its candidates, 0 elsewhere.
+
+    Attributes:
+        drafts: [R, k].
+        candidates: tokens, [R, k, C].
+        scores: of the candidates, [R, k, C], float32.
+    """
+
+    drafts: torch.Tensor
+    candidates: torch.Tensor
+    scores: torch.Tensor
+
+
 class Drafter:
     """Turns the states of one group a request into drafts.
 
@@ -82,7 +98,6 @@ class Drafter:
         self.compute_logits, self.embed, self.unembedding, self.sampler = compute_logits, embed, unembedding, sampler
         self.candidates = candidates if unembedding is not None and candidates < vocab_size else None
 
-    @torch.inference_mode()
     def __call__(self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """Drafts [R, k].
 
@@ -92,22 +107,86 @@ class Drafter:
             sampled: y_0, [R].
         """
         states = hidden[rows]
-        num_requests, k, _ = states.shape
         if self.sampler is None:
-            return self.compute_logits(states.flatten(0, 1)).argmax(-1).view(num_requests, k)
+            return self.compute_logits(states.flatten(0, 1)).argmax(-1).view(rows.shape)
+        return self._in_turn(self.sampler, states, sampled, _best)
+
+    def sample(
+        self,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+        sampled: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> SampledDrafts:
+        """Drafts that are drawn instead of being the best: y_i from softmax(score / temperature) over the candidates, where the
+        scores depend on y_{i-1} as drawn. A request at temperature 0 gets what `__call__` gives it.
+
+        Args:
+            hidden, rows, sampled: as `__call__` takes them.
+            temperature: of each request, [R], float32.
+            seeds: of each request, [R], int64. The same seed at the same position draws the same.
+            positions: of y_0, [R], int64. y_i is drawn with the position of the token before it, as vLLM counts its own draws.
+        """
+        states, k = hidden[rows], rows.shape[1]
+        warm = (temperature > 0)[:, None]
+        scale = torch.where(warm, temperature[:, None], 1.0)
+        all_candidates, all_scores = [], []
+
+        def draw(scores: torch.Tensor, candidates: torch.Tensor | None, i: int) -> torch.Tensor:
+            scores = scores.float()
+            if candidates is None:
+                candidates = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+            all_candidates.append(candidates)
+            all_scores.append(scores)
+            noise = torch.where(warm, gumbel(seeds, positions + i, candidates), 0.0)
+            return _best(scores / scale + noise, candidates, i)
+
+        if self.sampler is not None:
+            drafts = self._in_turn(self.sampler, states, sampled, draw)
+        else:
+            logits, tokens = self.compute_logits(states.flatten(0, 1)).view(*rows.shape, -1), None
+            if self.candidates is not None:
+                logits, tokens = logits.topk(self.candidates, sorted=False)
+            drafts = torch.stack([draw(logits[:, i], None if tokens is None else tokens[:, i], i) for i in range(k)], 1)
+        return SampledDrafts(drafts, torch.stack(all_candidates, 1), torch.stack(all_scores, 1))
+
+    def _in_turn(
+        self,
+        sampler: Sampler,
+        states: torch.Tensor,
+        sampled: torch.Tensor,
+        choose: Callable[[torch.Tensor, torch.Tensor | None, int], torch.Tensor],
+    ) -> torch.Tensor:
+        """Drafts [R, k] of the sampler head, one after the other.
+
+        Args:
+            sampler: the sampler head.
+            states: [R, k, d].
+            sampled: y_0, [R].
+            choose: (scores [R, C], candidates [R, C] or None where every token is one, i) -> y_i [R].
+        """
+        num_requests, k, _ = states.shape
         tokens, weights = None, None
         if self.candidates is not None:
             assert self.unembedding is not None
             tokens = self.compute_logits(states.flatten(0, 1)).topk(self.candidates, sorted=False).indices.view(num_requests, k, -1)
             weights = self.unembedding.rows(tokens)
-        projected = self.sampler.project(states)
+        projected = sampler.project(states)
         previous, drafts = sampled, []
         for i in range(k):
-            state = self.sampler.step(self.embed(previous), projected[:, i], states[:, i])
+            state = sampler.step(self.embed(previous), projected[:, i], states[:, i])
             if tokens is None or weights is None or self.unembedding is None:
-                previous = self.compute_logits(state).argmax(-1)
+                previous = choose(self.compute_logits(state), None, i)
             else:
-                best = self.unembedding.scores(weights[:, i], state).argmax(1, keepdim=True)
-                previous = tokens[:, i].gather(1, best)[:, 0]
+                previous = choose(self.unembedding.scores(weights[:, i], state), tokens[:, i], i)
             drafts.append(previous)
         return torch.stack(drafts, 1)
+
+
+def _best(scores: torch.Tensor, candidates: torch.Tensor | None, i: int) -> torch.Tensor:
+    """The candidate with the highest score, [R]."""
+    if candidates is None:
+        return scores.argmax(-1)
+    return candidates.gather(1, scores.argmax(1, keepdim=True))[:, 0]
