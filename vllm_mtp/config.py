@@ -59,12 +59,17 @@ Layout = (
 """A list gives the length of the group behind row 0, 1, .. of a request; entry j is used when exactly j drafts were accepted."""
 
 
+DraftSampleMethod = Literal["greedy", "probabilistic"]
+"""vLLM's own name and values (config/speculative.py, SpeculativeConfig.draft_sample_method)."""
+
+
 class ServingDefaults(StrictModel):
     """Serving options that an adapter may set for its users; an operator's own options win."""
 
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)] | None = None
     layout: Layout | None = None
     candidates: Annotated[int, Field(ge=1)] | None = None
+    draft_sample_method: DraftSampleMethod | None = None
 
 
 class ServingOptions(StrictModel):
@@ -76,6 +81,10 @@ class ServingOptions(StrictModel):
     """auto: measured while serving (`load.LayoutChooser`), plain decoding included."""
     candidates: Annotated[int, Field(ge=1)] = 32
     """C: how many of the plain head's best tokens the sampler head scores for each mask state. At least the vocabulary: all."""
+
+    draft_sample_method: DraftSampleMethod = "greedy"
+    """probabilistic: drafts of a request at temperature t are drawn from softmax(scores / t) and accepted with probability
+    min(1, p / q); more of them are accepted above temperature 0, and the output has the same distribution."""
 
     max_mask_rows: Annotated[int, Field(ge=1)] | None = None
     """Most mask rows of a step, however many requests it has; those beyond go without drafts. None: on a CPU as many as

@@ -129,7 +129,12 @@ def as_custom_class(options: ServingOptions) -> dict[str, Any]:
     Through `custom_class` and not through the `mtp` family: that is built around a draft model of its own, with a draft KV cache.
     What `custom_class` costs on the V1 runner is asynchronous scheduling, which CPU servers never have.
     """
-    return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": options.num_speculative_tokens}
+    return {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": options.num_speculative_tokens,
+        "draft_sample_method": options.draft_sample_method,
+    }
 
 
 def runs_on_v2() -> bool:

@@ -18,7 +18,7 @@ from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tens
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.cpu_linear import PackedLinear, PackedSampler
 from vllm_mtp.cpu_memory import keep_freed_memory
-from vllm_mtp.drafter import Drafter, Sampler
+from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.mask_attention import ForkedSequences, StepSequences, blocks_per_fork
@@ -35,12 +35,14 @@ class MaskTokenTarget:
         k: most drafts a request.
         layouts: the layouts that steps may have; one, unless the operator leaves the choice to us.
         planner, expansion, drafter: the parts, once installed.
+        draft, sample_drafts: the drafter's `__call__` and, if drafts are probabilistic, its `sample`, once bound.
     """
 
     planner: Planner
     expansion: Expansion
     drafter: Drafter
     draft: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    sample_drafts: Callable[..., SampledDrafts]
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = vllm_config
@@ -131,21 +133,32 @@ class MaskTokenTarget:
             vocab_size,
         )
 
-    def _compiled_drafter(self) -> Callable[..., torch.Tensor]:
-        """The drafter, compiled where the engine compiles."""
+    @property
+    def probabilistic(self) -> bool:
+        """Whether drafts of requests above temperature 0 are drawn from a distribution that verification is told of."""
+        return self.options.draft_sample_method == "probabilistic"
+
+    def _compiled_drafter(self, function: Callable[..., Any], *more: torch.dtype) -> Callable[..., Any]:
+        """A method of the drafter, compiled where the engine compiles.
+
+        Args:
+            function: of hidden, rows and sampled (`Drafter.__call__`) and of a tensor [R] for each of `more`.
+            more: their dtypes.
+        """
         compile = compiled.compiler(self.config)
         if compile is None:
-            return self.drafter
-        draft = compile(self.drafter.__call__)
+            return function
+        draft = compile(function)
         embeddings = self.expansion.mask_embeddings
-        hidden, rows = (
-            embeddings.new_zeros(7, embeddings.shape[1]),
-            torch.zeros(3, self.k, dtype=torch.long, device=embeddings.device),
-        )
-        sampled = rows[:, 0].clone()
-        for tensor in (hidden, rows, sampled):
-            torch._dynamo.mark_dynamic(tensor, 0)
-        draft(hidden, rows, sampled)
+        with torch.inference_mode():  # as in the runner's steps
+            hidden, rows = (
+                embeddings.new_zeros(7, embeddings.shape[1]),
+                torch.zeros(3, self.k, dtype=torch.long, device=embeddings.device),
+            )
+            per_request = [rows.new_zeros(3, dtype=dtype) for dtype in (rows.dtype, *more)]
+            for tensor in (hidden, rows, *per_request):
+                torch._dynamo.mark_dynamic(tensor, 0)
+            draft(hidden, rows, *per_request)
         return draft
 
     # -- the KV cache --------------------------------------------------------------------------------------------
@@ -220,13 +233,16 @@ class MaskTokenTarget:
         context = self.config.compilation_config.static_forward_context
         self.attention.bind([context[name].kv_cache for name in group.layer_names], self.num_blocks)
         self.planner.bind(self.config.cache_config.block_size, self.first_scratch_block)
-        self.draft = self._compiled_drafter()
+        self.draft = self._compiled_drafter(self.drafter.__call__)
+        if self.probabilistic:
+            self.sample_drafts = self._compiled_drafter(self.drafter.sample, torch.float32, torch.long, torch.long)
         logger.info(
-            "Mask-token prediction is on: adapter %s, k = %d, layout %s, acceptance lossless, "
+            "Mask-token prediction is on: adapter %s, k = %d, layout %s, %s drafts, acceptance lossless, "
             "up to %d mask rows a decoding request and %d a step, %d scratch blocks (%.0f MiB)",
             self.options.adapter,
             self.k,
             self.options.layout,
+            self.options.draft_sample_method,
             max(sum(lengths) for lengths in self.layouts),
             self.max_mask_rows,
             self.num_scratch_blocks,

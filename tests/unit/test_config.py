@@ -20,7 +20,11 @@ facts = st.builds(
 ks = st.integers(1, MAX_MASK_TOKENS)
 layouts = st.sampled_from(["quadratic", "linear", "auto"]) | st.lists(st.integers(0, MAX_MASK_TOKENS), min_size=1).map(tuple)
 defaults = st.builds(
-    ServingDefaults, num_speculative_tokens=st.none() | ks, layout=st.none() | layouts, candidates=st.none() | sizes
+    ServingDefaults,
+    num_speculative_tokens=st.none() | ks,
+    layout=st.none() | layouts,
+    candidates=st.none() | sizes,
+    draft_sample_method=st.sampled_from([None, "greedy", "probabilistic"]),
 )
 configs = st.builds(
     AdapterConfig,
@@ -56,6 +60,7 @@ def test_a_layout_has_one_group_behind_each_row_and_none_longer_than_the_drafts(
         ("layout", "cubic"),
         ("layout", []),
         ("candidates", 0),
+        ("draft_sample_method", "random"),
         ("layuot", "linear"),
     ],
 )

@@ -123,11 +123,47 @@ class MaskTokenProposer(MaskTokenTarget):
         )
         sampled = torch.tensor([sampled_token_ids[i][-1] for i, _, _ in chosen], device=hidden.device)
         drafting = time.perf_counter()
-        ids = self.draft(hidden, rows, sampled).tolist()
+        if self.probabilistic and not self.runner.input_batch.sampling_metadata.all_greedy:
+            last_positions = [int(num_tokens_no_spec[i]) - 1 for i, _, _ in chosen]
+            ids = self._sampled_drafts(hidden, rows, sampled, [i for i, _, _ in chosen], last_positions).tolist()
+        else:
+            ids = self.draft(hidden, rows, sampled).tolist()
         drafted = time.perf_counter()
         for (i, _, usable), row in zip(chosen, ids, strict=True):
             drafts[i] = row[:usable]
         counters = self.planner.counters
         counters.drafter_time += drafted - drafting
         counters.draft_time += drafting - begin + time.perf_counter() - drafted
+        return drafts
+
+    def _sampled_drafts(
+        self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor, requests: list[int], last_positions: list[int]
+    ) -> torch.Tensor:
+        """Drafts [R, k]; the distributions that they were drawn from are left where the runner's verification looks for them.
+
+        It wants them over the whole vocabulary, [R, k, V] in float32: 20 MB for 16 requests, k = 8 and 40,000 tokens. Where it
+        misses the row of a request that sat out a step, it verifies the batch as if all drafts were certain, which is lossless too
+        (v1/worker/gpu_model_runner.py, `_get_spec_decode_draft_probs`).
+
+        Args:
+            hidden, rows, sampled: as `Drafter` takes them.
+            requests: the batch's indices of those to draft for.
+            last_positions: of their last sampled tokens.
+        """
+        batch, device = self.runner.input_batch, hidden.device
+        ids = [batch.req_ids[i] for i in requests]
+        temperature = batch.sampling_metadata.temperature[torch.tensor(requests, device=device)]
+        # From the global generator, as vLLM's sampler does it: seeded alike in all ranks of a tensor-parallel group.
+        seeds = torch.randint(-(2**63), 2**63 - 1, (len(ids),), device=device)
+        for row, request in enumerate(ids):
+            parameters = self.runner.requests[request].sampling_params
+            if parameters is not None and parameters.seed is not None:
+                seeds[row] = parameters.seed
+        drafts, candidates, scores = self.sample_drafts(
+            hidden, rows, sampled, temperature, seeds, torch.tensor(last_positions, device=device)
+        )
+        probabilities = (scores / torch.where(temperature > 0, temperature, 1.0)[:, None, None]).softmax(-1)
+        vocab_size = self.config.model_config.get_vocab_size()
+        self.runner._draft_probs = probabilities.new_zeros(*drafts.shape, vocab_size).scatter_(2, candidates, probabilities)
+        self.runner._draft_prob_req_ids = ids
         return drafts

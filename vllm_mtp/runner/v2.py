@@ -32,7 +32,10 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
 
     is_mask_token_speculator = True
     supports_mm_inputs = False
-    draft_logits = None
+    draft_logits: torch.Tensor | None = None
+    """What the drafts of each request state were drawn from, before temperature, [max_num_seqs, k, V] in float32, if drafts are
+    probabilistic: 330 MB for 64 requests, k = 8 and 160,000 tokens. The rejection sampler reads it
+    (v1/worker/gpu/spec_decode/rejection_sampler.py, 0.32; releases before held logits that were divided by the temperature)."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config)
@@ -54,6 +57,12 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         """
         self.install(runner.model, lambda: self.planned, self._warming_up, keep_states=True)
         self.req_states = runner.req_states
+        if self.probabilistic:
+            vocab_size = self.config.model_config.get_vocab_size()
+            self.draft_logits = torch.full(
+                (self.max_requests, self.k, vocab_size), -torch.inf, dtype=torch.float32, device=self.drafts.device
+            )
+            self.candidates = self.drafts.new_zeros(self.max_requests, self.k, self.drafter.candidates or vocab_size)
         state: ModelState = runner.model_state
         prepare_attn = state.prepare_attn
 
@@ -75,6 +84,11 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
             return metadata
 
         state.prepare_attn = prepare_and_plan  # type: ignore[method-assign, assignment]
+
+    def bind(self, runner: Any) -> None:
+        """Takes the runner once its KV cache stands."""
+        super().bind(runner)
+        self.sampling_states = runner.sampler.sampling_states
 
     def _warming_up(self) -> bool:
         from vllm.forward_context import get_forward_context
@@ -128,6 +142,9 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
         last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
         *args: Any,
         dummy_run: bool = False,
         **kwargs: Any,
@@ -136,13 +153,40 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
 
         A request that has no group to draft from is given tokens all the same: vLLM has already scheduled their rows.
         """
-        num_requests = input_batch.num_reqs
+        num_requests, requests = input_batch.num_reqs, input_batch.idx_mapping
         drafts = self.drafts[:num_requests]
-        if dummy_run or self.planned is None:
+        if dummy_run:
+            return drafts.zero_()
+        # A greedy request's drafts need no distribution, so a step without any other costs what greedy drafts cost.
+        sampling = self.probabilistic and bool((self.sampling_states.temperature.np[input_batch.idx_mapping_np] > 0).any())
+        if self.planned is None:
+            if sampling:  # the distribution of a certain draft
+                self._publish(requests, torch.zeros_like(self.candidates[requests]))
             return drafts.zero_()
         states = self.expansion.states
         assert states is not None
         groups = self.planned.groups
         rows = groups.draft_rows(num_sampled - 1, self.k)
-        sampled = last_sampled.view(-1)[input_batch.idx_mapping].long()
-        return drafts.copy_(self.draft(states[: groups.num_rows], rows, sampled))
+        sampled = last_sampled.view(-1)[requests].long()
+        hidden = states[: groups.num_rows]
+        if not sampling:
+            return drafts.copy_(self.draft(hidden, rows, sampled))
+        last_positions = (input_batch.seq_lens[:num_requests] - num_rejected).long()
+        tokens, candidates, scores = self.sample_drafts(
+            hidden, rows, sampled, temperature[requests], seeds[requests], last_positions
+        )
+        self._publish(requests, candidates, scores)
+        return drafts.copy_(tokens)
+
+    def _publish(self, requests: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor | float = 0.0) -> None:
+        """Tells the rejection sampler what the drafts of `requests` were drawn from.
+
+        Args:
+            requests: their states' indices, [R].
+            candidates, scores: as `SampledDrafts` has them, [R, k, C].
+        """
+        assert self.draft_logits is not None
+        at = requests[:, None, None], torch.arange(self.k, device=requests.device)[:, None]
+        self.draft_logits[(*at, self.candidates[requests])] = -torch.inf
+        self.draft_logits[(*at, candidates)] = scores
+        self.candidates[requests] = candidates

@@ -102,9 +102,14 @@ def test_sampled_tokens_have_plains_distribution(engines: Engines, prompts: list
         engines.close()
     engine = speculating(engines, speculative(demo.ADAPTER, 2), **options)
     ours, per_forward = engine.forwards(lambda: sample(engine, 4, 100))
-    values = {name: sampled.smallest([plain], [other]) for name, other in (("floor", few), ("ours", ours), ("cooler", cooler))}
+    engine = speculating(engines, speculative(demo.ADAPTER, 2, draft_sample_method="probabilistic"), **options)
+    drawn, drawn_per_forward = engine.forwards(lambda: sample(engine, 5, 100))
+    found = {"floor": few, "ours": ours, "ours, probabilistic drafts": drawn, "cooler": cooler}
+    values = {name: sampled.smallest([plain], [other]) for name, other in found.items()}
     print(", ".join(f"p({name} = plain) = {value:.3g}" for name, value in values.items()))
     assert per_forward > 1.01
+    assert drawn_per_forward > 1.01
     assert values["floor"] > 1e-3
     assert values["ours"] > 1e-3
+    assert values["ours, probabilistic drafts"] > 1e-3
     assert values["cooler"] < 1e-3
