@@ -1,4 +1,5 @@
-"""Tokens per forward of an adapter in vLLM, over the held-out prompts: by k, layout, sampler head, looping and temperature.
+"""Tokens per forward of an adapter in vLLM, over the held-out prompts: by k, layout, sampler head, kind of drafts, looping and
+temperature.
 
     python -m benchmarks.acceptance --output acceptance.json
 
@@ -72,7 +73,7 @@ def without_sampler(adapter: Path, folder: Path) -> Path:
     return folder
 
 
-def measure(options: argparse.Namespace, adapter: Path, k: int, layout: str, log: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, adapter: Path, k: int, layout: str, drafts: str, log: Path) -> dict[str, Any]:
     """One engine over all prompts, at every temperature. Sampled requests have the prompt's number as their seed."""
     arguments = {
         "model": str(options.model),
@@ -80,7 +81,13 @@ def measure(options: argparse.Namespace, adapter: Path, k: int, layout: str, log
         "enforce_eager": True,
         "max_num_seqs": CONCURRENCY,
         "disable_log_stats": True,
-        "speculative_config": {"method": "mtp", "model": str(adapter), "num_speculative_tokens": k, "layout": layout},
+        "speculative_config": {
+            "method": "mtp",
+            "model": str(adapter),
+            "num_speculative_tokens": k,
+            "layout": layout,
+            "draft_sample_method": drafts,
+        },
     }
     prompts = demo.prompts()[: options.prompts]
     with EngineProcess(arguments, log) as engine:
@@ -100,11 +107,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]["figures"]
     columns = [(temperature, part) for temperature in first for part in PARTS]
     titles = [f"{temperature}, {part.replace('_', ' ')}" for temperature, part in columns]
-    lines = ["| k | layout | sampler head | " + " | ".join(titles) + " |", "|---" * (3 + len(columns)) + "|"]
+    lines = ["| k | layout | sampler head | drafts | " + " | ".join(titles) + " |", "|---" * (4 + len(columns)) + "|"]
     for row in rows:
         parts = [row["figures"][temperature][part] for temperature, part in columns]
         cells = ["-" if part["outputs"] == 0 else f"{part['tokens_per_forward']:.2f} ({part['outputs']})" for part in parts]
-        lines.append(f"| {row['k']} | {row['layout']} | {'yes' if row['sampler'] else 'no'} | " + " | ".join(cells) + " |")
+        sampler = "yes" if row["sampler"] else "no"
+        lines.append(f"| {row['k']} | {row['layout']} | {sampler} | {row['drafts']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -116,6 +124,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--layouts", nargs="+", default=["quadratic", "linear"])
     parser.add_argument("--samplers", nargs="+", choices=["yes", "no"], default=["yes", "no"])
+    parser.add_argument("--drafts", nargs="+", choices=["greedy", "probabilistic"], default=["greedy"], help="draft_sample_method")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -131,14 +140,14 @@ def main() -> None:
     logs = options.output.with_suffix(".logs")
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for sampler, layout, k in itertools.product(options.samplers, options.layouts, options.k):
+        for sampler, layout, k, drafts in itertools.product(options.samplers, options.layouts, options.k, options.drafts):
             adapter = options.adapter
             if sampler == "no":
                 adapter = Path(folder) / "without-sampler"
                 if not adapter.exists():
                     without_sampler(options.adapter, adapter)
-            found = measure(options, adapter, k, layout, logs / f"{sampler}-{layout}-{k}.log")
-            report["rows"].append({"k": k, "layout": layout, "sampler": sampler == "yes", "figures": found})
+            found = measure(options, adapter, k, layout, drafts, logs / f"{sampler}-{layout}-{k}-{drafts}.log")
+            report["rows"].append({"k": k, "layout": layout, "sampler": sampler == "yes", "drafts": drafts, "figures": found})
             options.output.write_text(json.dumps(report, indent=2) + "\n")
             print(table(report["rows"]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(report["rows"]))

@@ -22,8 +22,8 @@ def test_the_forward_that_ends_the_prompt_counts_in_tokens_per_forward_alone() -
     assert found["looping"]["outputs"] == found["not_looping"]["outputs"] == 1
     assert found["not_looping"]["tokens_per_forward"] == 7 / 3
     assert acceptance_length([Output([1], [1], [""])]) is None
-    row = {"k": 4, "layout": "linear", "sampler": True, "figures": {"temperature 0": found}}
-    assert table([row]).splitlines()[-1] == "| 4 | linear | yes | 3.17 (2) | 2.50 (2) | 4.00 (1) | 2.33 (1) |"
+    row = {"k": 4, "layout": "linear", "sampler": True, "drafts": "greedy", "figures": {"temperature 0": found}}
+    assert table([row]).splitlines()[-1] == "| 4 | linear | yes | greedy | 3.17 (2) | 2.50 (2) | 4.00 (1) | 2.33 (1) |"
 
 
 def test_without_sampler_leaves_the_rest_of_the_adapter_as_it_is(adapter_folder: Path, tmp_path: Path) -> None:
