@@ -78,7 +78,8 @@ class ServingOptions(StrictModel):
     adapter: str
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)]
     layout: Layout = "auto"
-    """auto: measured while serving (`load.LayoutChooser`), plain decoding included."""
+    """auto: measured while serving (`load.LayoutChooser`), plain decoding included; on the V2 runner what the batch has rows for
+    (`load.widest_comb`)."""
     candidates: Annotated[int, Field(ge=1)] = 32
     """C: how many of the plain head's best tokens the sampler head scores for each mask state. At least the vocabulary: all."""
 

@@ -3,7 +3,7 @@
 Mask rows are nearly free while a step is bound by reading weights and cost full price after that; where that is depends on model,
 machine and batch, and what the rows are worth depends on the text. So both are measured while serving: each layout runs in bursts
 of steps, the best one most of the time and its rivals ever more rarely. The layout without mask rows, plain decoding, is one of
-them.
+them. Where steps overlap and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
 """
 
 from collections.abc import Callable
