@@ -1,5 +1,8 @@
 """What an operator's options become for vLLM's two runners, without an engine."""
 
+import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.load import drafts_by_batch_size, fitting_layouts
 from vllm_mtp.selection import ConfigurationError, _check_servable, runs_on_v2, scheduled_rows
+from vllm_mtp.v2_config import MaskTokenSpeculativeConfig
 
 
 def options(**chosen: Any) -> ServingOptions:
@@ -55,3 +59,18 @@ def test_room_for_mask_rows_is_set_aside(
         max_num_batched_tokens=rows, max_num_seqs=sequences, max_num_scheduled_tokens=given, enable_chunked_prefill=chunked
     )
     assert scheduled_rows(options(), arguments) == expected
+
+
+def test_the_configuration_brings_the_hooks_into_the_process_that_it_is_sent_to() -> None:
+    config = object.__new__(MaskTokenSpeculativeConfig)
+    config.__dict__.update(method="mtp", num_speculative_tokens=4)  # as it lies in a message to a worker
+    code = f"""
+import pickle
+from vllm.v1.worker.gpu import model_runner
+before = model_runner.init_speculator
+config = pickle.loads({pickle.dumps(config)!r})
+assert model_runner.init_speculator.vllm_mtp_original is before
+assert model_runner.GPUModelRunner.load_model.vllm_mtp_original
+assert not config.use_eagle() and not config.uses_draft_kv_cache()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
