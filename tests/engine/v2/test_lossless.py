@@ -84,6 +84,7 @@ def test_up_to_the_models_length(engines: Engines, prompts: list[str]) -> None:
     assert speculating(engines, speculative(demo.ADAPTER, 8), **options).greedy(short, 100, ignore_eos=True) == expected
 
 
+@pytest.mark.full
 def test_sampled_tokens_have_plains_distribution(engines: Engines, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Against plain vLLM on the V1 runner, which needs no interpreter and can give as many samples as before."""
 
