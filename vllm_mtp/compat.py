@@ -75,7 +75,13 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
         if asked is None:
             return original(self, target_model_config, target_parallel_config)
         check_version()
-        options = selection.resolve(asked, self.additional_config or {}, target_model_config, target_parallel_config)
+        options = selection.resolve(
+            asked,
+            self.additional_config or {},
+            target_model_config,
+            target_parallel_config,
+            request_loras=bool(self.enable_lora),
+        )
         self.additional_config = {**(self.additional_config or {}), "mtp": options.model_dump(mode="json")}
         if (rows := selection.scheduled_rows(options, self)) is not None:
             self.max_num_scheduled_tokens = rows

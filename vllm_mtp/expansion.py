@@ -14,6 +14,7 @@ from vllm_mtp.gated_lora import RowSplit
 from vllm_mtp.layout import Groups
 from vllm_mtp.mask_attention import ForkedSequences
 from vllm_mtp.plan import PlannedStep
+from vllm_mtp.request_lora import RequestLoRAs
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Expansion:
         mask_embeddings: [k, d], in the model's dtype.
         rows: where real rows end, shared with the gated linears.
         attention: shared with the attention layers.
+        request_loras: what requests bring of their own.
         next_step: the plan of the running step, None if it has no mask rows.
         warming_up: whether the running step is a profiling or warm-up run.
         compile: makes the compiled form of a forward; None: the engine runs eagerly.
@@ -50,6 +52,7 @@ class Expansion:
     mask_embeddings: torch.Tensor
     rows: RowSplit
     attention: ForkedSequences
+    request_loras: RequestLoRAs
     next_step: Callable[[], PlannedStep | None]
     warming_up: Callable[[], bool]
     compile: Callable[[Forward], Forward] | None = None
@@ -91,7 +94,8 @@ class Expansion:
         self.attention.begin(step.sequences, step.metadata)
         self.rows.begin(num_real, num_real + groups.num_rows)
         try:
-            hidden = self.expanded(positions, embeds)
+            with self.request_loras.mapped(groups):
+                hidden = self.expanded(positions, embeds)
         finally:
             self.rows.end()
             self.attention.end()

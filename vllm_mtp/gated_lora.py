@@ -172,7 +172,7 @@ def install(
     for name, layer in target.named_modules():
         if not isinstance(layer, LinearBase):
             continue
-        parent, _, last = name.rpartition(".")
+        parent, _, last = name.removesuffix(".base_layer").rpartition(".")  # wrapped for request LoRA adapters
         parts = packed.get(last, [last])
         slices: list[tuple[int, LowRank]] = []
         at = 0

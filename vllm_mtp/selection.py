@@ -49,8 +49,15 @@ def asked_for(engine_args: Any) -> dict[str, Any] | None:
     return asked if is_adapter(asked["model"]) else None
 
 
-def resolve(asked: dict[str, Any], additional: dict[str, Any], model_config: Any, parallel_config: Any) -> ServingOptions:
+def resolve(
+    asked: dict[str, Any], additional: dict[str, Any], model_config: Any, parallel_config: Any, *, request_loras: bool = False
+) -> ServingOptions:
     """Checked options: the operator's own, then `--additional-config`'s, then the adapter's defaults.
+
+    Args:
+        asked, additional: what the operator wrote.
+        model_config, parallel_config: the target's.
+        request_loras: whether requests may name LoRA adapters of their own.
 
     Raises:
         ConfigurationError, AdapterError: the adapter or an option cannot be used here.
@@ -82,6 +89,11 @@ def resolve(asked: dict[str, Any], additional: dict[str, Any], model_config: Any
         )
         raise ConfigurationError(f"{where}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})") from None
     _check_servable(resolved, config, model_config, parallel_config)
+    if request_loras and runs_on_v2():
+        raise ConfigurationError(
+            "mask-token prediction does not support request LoRA adapters (--enable-lora) on vLLM's V2 model runner yet: "
+            "leave --enable-lora out, or set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     read_adapter(adapter)  # for what only the numbers show: NaN found in a worker would be reported by a dying engine
     return resolved
 
@@ -119,6 +131,11 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
         )
     if getattr(parallel_config, "use_ubatching", False):
         raise ConfigurationError("mask-token prediction does not support dual batch overlap yet: leave --enable-dbo out")
+    if getattr(model_config, "runner_type", "generate") != "generate":
+        raise ConfigurationError(
+            f"mask-token prediction drafts tokens, and the {model_config.runner_type} runner, which {model_config.model} is served "
+            "by, generates none: leave --speculative-config out"
+        )
     if getattr(model_config, "is_multimodal_model", False):
         raise ConfigurationError(f"mask-token prediction does not support multimodal models yet: {model_config.model} is one")
 

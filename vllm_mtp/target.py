@@ -23,6 +23,7 @@ from vllm_mtp.expansion import Expansion
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.mask_attention import ForkedSequences, StepSequences, blocks_per_fork
 from vllm_mtp.plan import PlannedStep, Planner, most_groups
+from vllm_mtp.request_lora import RequestLoRAs
 
 logger = init_logger("vllm.mtp")
 
@@ -99,6 +100,7 @@ class MaskTokenTarget:
                     )
                 self.attention.wrap(module.impl)
         embeddings = adapter.mask_embeddings[: self.k].to(device, dtype)
+        request_loras = RequestLoRAs(model)
         self.planner = Planner(
             self.attention,
             max_rows=self.max_rows,
@@ -111,22 +113,25 @@ class MaskTokenTarget:
             mask_embeddings=embeddings,
             rows=rows,
             attention=self.attention,
+            request_loras=request_loras,
             next_step=next_step,
             warming_up=warming_up,
             compile=compiled.compiler(self.config),
             states=embeddings.new_zeros(self.max_mask_rows, embeddings.shape[1]) if keep_states else None,
         )
-        self.drafter = self._drafter(model, adapter, dtype, device)
+        self.drafter = self._drafter(model, adapter, request_loras, dtype, device)
 
-    def _drafter(self, model: Any, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Drafter:
+    def _drafter(
+        self, model: Any, adapter: Adapter, request_loras: RequestLoRAs, dtype: torch.dtype, device: torch.device
+    ) -> Drafter:
         vocab_size = self.config.model_config.get_vocab_size()
         sampler: Sampler | None = adapter.sampler
         if adapter.sampler is not None:
             head = adapter.sampler.to(device, dtype)
             sampler = PackedSampler(head) if current_platform.is_cpu() else head
         return Drafter(
-            model.compute_logits,
-            model.embed_input_ids,
+            request_loras.without(model.compute_logits),
+            request_loras.without(model.embed_input_ids),
             parallel.unembedding(model, vocab_size),
             sampler,
             self.options.candidates,
