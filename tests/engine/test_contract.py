@@ -48,6 +48,7 @@ def test_chunked_prefill(engines: Engines, prompts: list[str], plain: Plain, k: 
     assert engine.greedy(prompts[:100], 128) == expected
 
 
+@pytest.mark.feature("prefix caching", "works", "see Limitations for multi-turn requests")
 @everywhere
 def test_prefix_caching(engines: Engines, prompts: list[str], plain: Plain, k: int, layout: str) -> None:
     expected = plain(100, 128)

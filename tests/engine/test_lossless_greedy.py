@@ -101,6 +101,7 @@ def test_drafts_that_are_always_wrong_cost_nothing_but_time(
     assert per_forward < 1.05
 
 
+@pytest.mark.feature("chunked prefill", "works")
 def test_chunked_prefill_with_a_small_budget(engines: Engines, prompts: list[str], plain: Plain) -> None:
     expected = plain(100, 128)[:24]
     for k, budget in ((4, 48), (4, 256), (1, 32)):  # 48: below one prompt, and the mask rows must share it
@@ -114,6 +115,7 @@ def test_a_prompt_chunk_with_as_many_rows_as_a_decode(engines: Engines, prompts:
     assert engine.greedy(prompts[:4], 128) == expected
 
 
+@pytest.mark.feature("preemption", "works")
 def test_forced_preemption(engines: Engines, prompts: list[str], plain: Plain) -> None:
     expected = plain(100, 128)[:24]
     for k in (1, 8):

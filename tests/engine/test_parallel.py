@@ -63,6 +63,7 @@ def disturb_clock(worker: Any) -> None:
     chooser.choose = choosing
 
 
+@pytest.mark.feature("tensor parallelism", "works", "on CPUs; not tried on several devices")
 def test_two_tensor_parallel_ranks_draft_and_answer_as_one(engines: Engines, prompts: list[str], plain: Plain) -> None:
     def run(engine: Engine) -> tuple[list[list[int]], float, list[list[list[int]]]]:
         engine.on_ranks(record_drafts)
@@ -96,6 +97,7 @@ def test_ranks_whose_clocks_differ_run_the_same_layouts(engines: Engines, prompt
     assert len(set(first)) > 2
 
 
+@pytest.mark.feature("data parallelism of dense models", "works", "on CPUs; not tried on several devices")
 def test_two_data_parallel_ranks_answer_as_plain_vllm_idle_or_busy(engines: Engines, prompts: list[str], plain: Plain) -> None:
     def verified() -> Counter[str]:
         name = "vllm:spec_decode_num_drafts"
@@ -167,6 +169,7 @@ def test_what_cannot_be_split_is_refused(arguments: dict[str, Any], message: str
         EngineArgs(model=str(demo.BASE), speculative_config=speculative(demo.ADAPTER, 4), **arguments).create_engine_config()
 
 
+@pytest.mark.feature("data parallelism of mixtures of experts", "refused")
 def test_data_parallel_ranks_of_a_mixture_of_experts_are_refused(experts: tuple[Path, Path]) -> None:
     register()
     base, adapter = experts
