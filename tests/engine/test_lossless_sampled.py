@@ -58,7 +58,7 @@ def plain(engines: Engines, prompts: list[str]) -> dict[str, list[Counts]]:
     return {kind: [sample(engine, prompt, *how) for prompt in prompts[1 : 1 + NUM_PROMPTS]] for kind, how in kinds.items()}
 
 
-@pytest.mark.feature("`temperature`, `top_p`, `top_k`", "works", "plain vLLM's distribution")
+@pytest.mark.feature("`temperature`, `top_p`", "works", "plain vLLM's distribution")
 @pytest.mark.parametrize("drafts", ["greedy", "probabilistic"])
 def test_sampled_tokens_have_plains_distribution(
     engines: Engines, prompts: list[str], plain: dict[str, list[Counts]], drafts: str
