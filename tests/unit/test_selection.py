@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import envs
 
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.load import drafts_by_batch_size, fitting_layouts
@@ -25,10 +26,11 @@ def check(chosen: ServingOptions) -> None:
 
 @pytest.mark.parametrize("layout", ["linear", (0, 4, 4, 4, 4), (0,) * 5])
 def test_what_could_never_draft_again_is_refused_on_v2(monkeypatch: pytest.MonkeyPatch, layout: Any) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    # Not the environment itself: a vLLM server that has run in this process has frozen what was read from it.
+    monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", False, raising=False)
     assert not runs_on_v2()
     check(options(layout=layout))
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", True, raising=False)
     assert runs_on_v2()
     with pytest.raises(ConfigurationError, match="use quadratic, auto or a list that begins with a group, or set VLLM_USE_V2"):
         check(options(layout=layout))
