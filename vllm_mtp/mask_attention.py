@@ -118,37 +118,33 @@ class ForkedSequences:
 
     def __init__(self, build_metadata: Callable[[StepSequences], Any]) -> None:
         self.build_metadata = build_metadata
-        self.kv_caches: list[torch.Tensor] = []
-        self.block_dimension = 0
+        self.kv_caches: torch.Tensor | None = None
         self.step: StepSequences | None = None
         self.metadata: object = None
         self.slots: torch.Tensor | None = None
 
-    def bind(self, kv_caches: list[torch.Tensor], num_blocks: int) -> None:
-        """Takes the layers' caches, scratch blocks included.
+    def bind(self, kv_caches: list[torch.Tensor]) -> None:
+        """Takes the layers' caches, each [blocks, ...] with the scratch blocks included.
 
-        Args:
-            kv_caches: of each layer; one dimension counts blocks.
-            num_blocks: blocks of each.
+        Raises:
+            ValueError: if the caches are not equal steps apart in one allocation.
         """
         first = kv_caches[0]
-        dimension = first.shape.index(num_blocks)
         steps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(kv_caches)} or {0}
         same = all(
             c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and c.stride() == first.stride() for c in kv_caches
         )
-        if same and len(steps) == 1:  # equally spaced in one allocation: one tensor, and one copy for all layers
-            shape, stride = (len(kv_caches), *first.shape), (steps.pop(), *first.stride())
-            self.kv_caches = [first.as_strided(shape, stride, first.storage_offset())]
-            dimension += 1
-        else:
-            self.kv_caches = kv_caches
-        self.block_dimension = dimension
+        if not same or len(steps) != 1:
+            raise ValueError(
+                "the KV caches of the layers do not lie equally spaced in one allocation; this cache layout is not supported"
+            )
+        shape, stride = (len(kv_caches), *first.shape), (steps.pop(), *first.stride())
+        self.kv_caches = first.as_strided(shape, stride, first.storage_offset())
 
     def copy_shared(self, step: StepSequences) -> None:
         """Copies the partly filled blocks of all layers to where the step's forks continue them."""
-        for cache in self.kv_caches:
-            cache.index_copy_(self.block_dimension, step.copy_to, cache.index_select(self.block_dimension, step.copy_from))
+        assert self.kv_caches is not None
+        self.kv_caches.index_copy_(1, step.copy_to, self.kv_caches.index_select(1, step.copy_from))
 
     def begin(self, step: StepSequences, metadata: object) -> None:
         """Starts a step: until `end`, attention runs over its sequences."""

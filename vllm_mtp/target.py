@@ -28,6 +28,13 @@ from vllm_mtp.request_lora import RequestLoRAs
 logger = init_logger("vllm.mtp")
 
 
+def _warming_up() -> bool:
+    """Whether the running step is a profiling or warm-up run: those have no attention metadata."""
+    from vllm.forward_context import get_forward_context
+
+    return not get_forward_context().attn_metadata
+
+
 class MaskTokenTarget:
     """One served model, its adapter and its scratch blocks.
 
@@ -65,7 +72,6 @@ class MaskTokenTarget:
         self,
         model: torch.nn.Module,
         next_step: Callable[[], PlannedStep | None],
-        warming_up: Callable[[], bool],
         *,
         keep_states: bool = False,
     ) -> None:
@@ -73,7 +79,8 @@ class MaskTokenTarget:
 
         Args:
             model: the loaded model.
-            next_step, warming_up, keep_states: as `Expansion` takes them.
+            next_step: as `Expansion` takes it.
+            keep_states: whether the states of mask rows must outlive the replay of a CUDA graph.
 
         Raises:
             AdapterError: the adapter does not fit the model.
@@ -115,7 +122,7 @@ class MaskTokenTarget:
             attention=self.attention,
             request_loras=request_loras,
             next_step=next_step,
-            warming_up=warming_up,
+            warming_up=_warming_up,
             compile=compiled.compiler(self.config),
             states=embeddings.new_zeros(self.max_mask_rows, embeddings.shape[1]) if keep_states else None,
         )
@@ -201,11 +208,7 @@ class MaskTokenTarget:
         if len(config.kv_cache_groups) != 1:
             raise ValueError("mask-token prediction does not support models with several KV cache groups (hybrid attention) yet")
         for tensor in config.kv_cache_tensors:
-            if not hasattr(tensor, "layer_stride") and not tensor.block_stride:  # vLLM 0.26: a tensor of its own for each layer
-                tensor.size += tensor.size // config.num_blocks * num_scratch
-                continue
-            layers_first = getattr(tensor, "layer_stride", 0) == tensor.block_stride * config.num_blocks
-            if tensor.offset != 0 or not layers_first:
+            if tensor.offset != 0 or tensor.layer_stride != tensor.block_stride * config.num_blocks:
                 raise ValueError(
                     "mask-token prediction needs a KV cache whose layers lie one after the other; this layout is not supported yet"
                 )
@@ -214,7 +217,6 @@ class MaskTokenTarget:
             tensor.layer_stride += num_scratch * tensor.block_stride
         self.first_scratch_block = config.num_blocks
         config.num_blocks += num_scratch
-        self.num_blocks = config.num_blocks
         return config
 
     def bind(self, runner: Any) -> None:
@@ -236,7 +238,7 @@ class MaskTokenTarget:
             )
         self.builder = self._metadata_builder(group)
         context = self.config.compilation_config.static_forward_context
-        self.attention.bind([context[name].kv_cache for name in group.layer_names], self.num_blocks)
+        self.attention.bind([context[name].kv_cache for name in group.layer_names])
         self.planner.bind(self.config.cache_config.block_size, self.first_scratch_block)
         self.draft = self._compiled_drafter(self.drafter.__call__)
         if self.probabilistic:

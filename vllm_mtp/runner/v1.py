@@ -23,8 +23,6 @@ class MaskTokenProposer(MaskTokenTarget):
         ValueError: the server is set up in a way that mask rows do not support.
     """
 
-    is_mask_token_proposer = True
-
     def __init__(self, vllm_config: VllmConfig) -> None:
         super().__init__(vllm_config)
         if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
@@ -39,7 +37,7 @@ class MaskTokenProposer(MaskTokenTarget):
 
     def load_model(self, target: torch.nn.Module) -> None:
         """Installs mask rows in the loaded target; vLLM compiles and profiles it afterwards."""
-        self.install(target, self._next_step, self._warming_up)
+        self.install(target, self._next_step)
 
     def bind(self, runner: Any) -> None:
         """Takes the runner once its KV cache stands."""
@@ -51,11 +49,6 @@ class MaskTokenProposer(MaskTokenTarget):
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         return self.layouts[0] if len(self.layouts) == 1 else self.chooser.choose(num_requests)
-
-    def _warming_up(self) -> bool:
-        from vllm.forward_context import get_forward_context
-
-        return self.runner is None or not get_forward_context().attn_metadata
 
     def _next_step(self) -> PlannedStep | None:
         """The plan of the step whose forward is about to run, from the runner's batch (v1/worker/gpu_input_batch.py)."""

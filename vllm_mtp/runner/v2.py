@@ -30,7 +30,6 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         ValueError: the server is set up in a way that mask rows do not support.
     """
 
-    is_mask_token_speculator = True
     supports_mm_inputs = False
     draft_logits: torch.Tensor | None = None
     """What the drafts of each request state were drawn from, before temperature, [max_num_seqs, k, V] in float32, if drafts are
@@ -39,7 +38,7 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config)
-        if getattr(vllm_config, "watermark_config", None) is not None:
+        if vllm_config.watermark_config is not None:
             raise ValueError("mask-token prediction does not support watermarking: leave the watermark configuration out")
         if vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
             raise ValueError(
@@ -55,7 +54,7 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         Args:
             runner: vLLM's model runner, with its model, model state and request states (v1/worker/gpu/states.py).
         """
-        self.install(runner.model, lambda: self.planned, self._warming_up, keep_states=True)
+        self.install(runner.model, lambda: self.planned, keep_states=True)
         self.req_states = runner.req_states
         if self.probabilistic:
             vocab_size = self.config.model_config.get_vocab_size()
@@ -89,11 +88,6 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         """Takes the runner once its KV cache stands."""
         super().bind(runner)
         self.sampling_states = runner.sampler.sampling_states
-
-    def _warming_up(self) -> bool:
-        from vllm.forward_context import get_forward_context
-
-        return get_forward_context().attn_metadata is None
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         if len(self.layouts) == 1:

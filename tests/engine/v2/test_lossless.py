@@ -11,6 +11,7 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from tests.engine import test_lossless_sampled as sampled
 from tests.engine.conftest import Engine, Engines, speculative
 from vllm_mtp import demo
+from vllm_mtp.runner.v2 import MaskTokenSpeculator
 
 pytestmark = pytest.mark.engine
 SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 320}
@@ -33,7 +34,7 @@ def plain(engines: Engines, prompts: list[str]) -> Plain:
 def speculating(engines: Engines, config: dict[str, Any], **options: Any) -> Engine:
     engine = engines(config, **{**SMALL, **options})
     assert isinstance(engine.runner, CPUModelRunner)  # V2
-    assert engine.runner.speculator.is_mask_token_speculator
+    assert isinstance(engine.runner.speculator, MaskTokenSpeculator)
     return engine
 
 
