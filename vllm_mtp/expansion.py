@@ -12,7 +12,7 @@ import torch
 
 from vllm_mtp.gated_lora import RowSplit
 from vllm_mtp.layout import Groups
-from vllm_mtp.mask_attention import ForkedSequences
+from vllm_mtp.mask_attention import MaskAttention
 from vllm_mtp.plan import PlannedStep
 from vllm_mtp.request_lora import RequestLoRAs
 
@@ -51,7 +51,7 @@ class Expansion:
     target: torch.nn.Module
     mask_embeddings: torch.Tensor
     rows: RowSplit
-    attention: ForkedSequences
+    attention: MaskAttention
     request_loras: RequestLoRAs
     next_step: Callable[[], PlannedStep | None]
     warming_up: Callable[[], bool]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+"""x [rows, in] -> x W^T [rows, out]."""
 
 
 class LowRank(Protocol):
@@ -64,12 +65,15 @@ class RowSplit:
         self.num_real: int | None = None
         self.gate = torch.zeros(max_rows, 1, device=device, dtype=dtype)
         """1 on mask rows, 0 on real rows, [max_rows, 1]; compiled graphs read it."""
+        self.first_mask = torch.zeros(1, device=device, dtype=torch.long)
+        """N of the running step where kernels read it, [1]."""
         self.tracing_expanded = False
         """Whether the graph that is being traced serves steps with mask rows."""
 
     def begin(self, num_real: int, num_rows: int) -> None:
         """Starts a step of `num_rows` rows, of which the first `num_real` are real."""
         self.num_real = num_real
+        self.first_mask.fill_(num_real)
         self.gate[:num_real].zero_()
         self.gate[num_real:num_rows].fill_(1)
 
@@ -78,33 +82,66 @@ class RowSplit:
         self.num_real = None
 
 
-class GatedLinear:
-    """One linear layer of the target with its LoRA slices: one product of the layer over all rows, so that its weights are read
-    once, and the low-rank products on the mask rows, added in place.
+class Update(Protocol):
+    """The low-rank update of one layer: y + s B A x on mask rows, y on real rows; it may write into y.
+
+    Made from the slices of a layer, its number of outputs, and where real rows end.
+    """
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class LowRankUpdate:
+    """The update as two products.
 
     The slices of a fused layer share x, so their A lie in one matrix [sum of ranks, in] and their B block by block in another.
 
     Args:
-        layer: vLLM's linear layer (model_executor/layers/linear.py, LinearBase), loaded.
-        slices: (first output row, LoRA) of each fused part: q, k, v or gate, up, or the layer itself; of this rank.
+        slices: (first output row, LoRA) of each fused part.
+        num_outputs: of the layer, on this rank.
         rows: where real rows end.
         linear: makes a product with a weight [out, in].
     """
 
     def __init__(
-        self, layer: Any, slices: list[tuple[int, LowRank]], rows: RowSplit, linear: Callable[[torch.Tensor], Product]
+        self,
+        slices: list[tuple[int, LowRank]],
+        num_outputs: int,
+        rows: RowSplit,
+        linear: Callable[[torch.Tensor], Product],
     ) -> None:
-        self.rows = rows
-        method = copy.copy(layer.quant_method)
-        self.base: Callable[..., torch.Tensor] = layer.quant_method.apply
-        device, dtype = next((p.device for p in layer.parameters()), torch.device("cpu")), layer.params_dtype
-        self.down = linear(torch.cat([lora.a for _, lora in slices]).to(device, dtype))
-        up = torch.zeros(sum(layer.output_partition_sizes), sum(lora.a.shape[0] for _, lora in slices))
+        self.rows, like = rows, rows.gate
+        self.down = linear(torch.cat([lora.a for _, lora in slices]).to(like))
+        up = torch.zeros(num_outputs, sum(lora.a.shape[0] for _, lora in slices))
         column = 0
         for at, lora in slices:
             up[at : at + lora.b.shape[0], column : column + lora.a.shape[0]] = lora.scale * lora.b
             column += lora.a.shape[0]
-        self.up = linear(up.to(device, dtype))
+        self.up = linear(up.to(like))
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            # No branch on N, which would be baked in, but a gate; before the product, where it melts into what computes x.
+            return y + self.up(self.down(x * self.rows.gate[: x.shape[0]]))
+        n = self.rows.num_real
+        y[n:].add_(self.up(self.down(x[n:])))
+        return y
+
+
+class GatedLinear:
+    """One linear layer of the target with its LoRA: one product of the layer over all rows, so that its weights are read once, and
+    the update of the mask rows.
+
+    Args:
+        layer: vLLM's linear layer (model_executor/layers/linear.py, LinearBase), loaded.
+        update: of the layer: q, k, v or gate, up together where they are fused.
+        rows: where real rows end.
+    """
+
+    def __init__(self, layer: Any, update: Update, rows: RowSplit) -> None:
+        self.rows, self.update = rows, update
+        method = copy.copy(layer.quant_method)
+        self.base: Callable[..., torch.Tensor] = layer.quant_method.apply
 
         def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             if torch.compiler.is_compiling():
@@ -115,29 +152,23 @@ class GatedLinear:
         layer.quant_method = method
 
     def traced(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """What a compiled graph computes: no branch on N, which would be baked in, but a product with the gate."""
+        """What a compiled graph computes."""
         y = self.base(layer, x, bias)
-        if not self.rows.tracing_expanded:
-            return y
-        # The gate stands before the product, where it melts into the operation that computes x.
-        return y + self.up(self.down(x * self.rows.gate[: x.shape[0]]))
+        return self.update(y, x) if self.rows.tracing_expanded else y
 
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """y [rows, out] of x [rows, in]."""
         n = self.rows.num_real
-        if n is None or n >= x.shape[0]:
-            return self.base(layer, x, bias)
-        masks = x[n:]
-        # Kernels for one row sum in another order than those for several; a lone real row must not feel its mask rows.
         y = self.base(layer, x, bias)
+        if n is None or n >= x.shape[0]:
+            return y
+        # Kernels for one row sum in another order than those for several; a lone real row must not feel its mask rows.
         if n == 1:
             y[:1] = self.base(layer, x[:1], bias)
-        y[n:].add_(self.up(self.down(masks)))
-        return y
+        return self.update(y, x)
 
 
 def plain_product(weight: torch.Tensor) -> Product:
-    """x -> x W^T."""
     return lambda x: torch.nn.functional.linear(x, weight)
 
 
@@ -151,8 +182,16 @@ def _output_features(layer: Any, num_parts: int) -> list[tuple[int, int]]:
     return list(zip([first, *(size // copies for size in others)], layer.output_partition_sizes, strict=True))
 
 
+def two_products(slices: list[tuple[int, LowRank]], num_outputs: int, rows: RowSplit) -> Update:
+    """The update as two matrix products of torch."""
+    return LowRankUpdate(slices, num_outputs, rows, plain_product)
+
+
 def install(
-    target: torch.nn.Module, lora: dict[str, Any], rows: RowSplit, linear: Callable[[torch.Tensor], Product] = plain_product
+    target: torch.nn.Module,
+    lora: dict[str, Any],
+    rows: RowSplit,
+    update: Callable[[list[tuple[int, LowRank]], int, RowSplit], Update] = two_products,
 ) -> None:
     """Puts the LoRA beside every linear layer of `target` that it names; of a layer split over ranks, this rank's part.
 
@@ -160,7 +199,7 @@ def install(
         target: a loaded vLLM model; its `packed_modules_mapping` says which modules are fused.
         lora: LoRA weights by the base's module path, for example `model.layers.0.self_attn.q_proj`.
         rows: where real rows end.
-        linear: makes a product with a weight [out, in]; the low-rank factors are multiplied with it.
+        update: makes the update of a layer.
 
     Raises:
         ValueError: if a LoRA has no layer to sit on, or has another shape than its layer.
@@ -188,7 +227,7 @@ def install(
                 unused.discard(path)
             at += size_here
         if slices:
-            GatedLinear(layer, slices, rows, linear)
+            GatedLinear(layer, update(slices, sum(layer.output_partition_sizes), rows), rows)
     if unused:
         raise ValueError(
             f"the adapter has LoRA weights for modules that the served model does not have: {', '.join(sorted(unused)[:3])}"

@@ -47,6 +47,7 @@ class Groups:
         length: mask tokens of each group, [G].
         start: first mask row of each group, counted from 0, and M at the end, [G + 1].
         group_of_row: group of each mask row, [M].
+        request_start: first mask row of each request, and M at the end, [R + 1].
         mask_index: which mask token stands in each mask row, 0 .. k - 1, [M].
         written_rows: rows of the step whose K/V are written, [N + S]: the N real rows to where the engine wants them, and S rows
             (real ones, then mask rows) to the groups' own copies of the sequence end.
@@ -66,6 +67,7 @@ class Groups:
     length: torch.Tensor
     start: torch.Tensor
     group_of_row: torch.Tensor
+    request_start: torch.Tensor
     mask_index: torch.Tensor
     written_rows: torch.Tensor
     written_group: torch.Tensor
@@ -152,6 +154,7 @@ def plan_groups(
     ahead: list[int] = []
     length: list[int] = []
     starts = [0]
+    request_start = [0]
     after = [[-1] * (k + 1) for _ in num_rows]
     source_rows: list[int] = []
     written_group: list[int] = []
@@ -173,6 +176,7 @@ def plan_groups(
             written_group += [group] * (tail + wanted)
             written_ahead += range(-tail, wanted)
             starts.append(starts[-1] + wanted)
+        request_start.append(starts[-1])
         first_row += rows
     if not length:
         return None
@@ -192,6 +196,7 @@ def plan_groups(
             written_ahead,
             query_start,
             list(chain.from_iterable(after)),
+            request_start,
         ],
         device,
     )
@@ -203,6 +208,7 @@ def plan_groups(
         length=columns[3],
         start=columns[4],
         group_of_row=columns[5],
+        request_start=columns[12],
         mask_index=columns[6],
         written_rows=columns[7],
         written_group=columns[8],

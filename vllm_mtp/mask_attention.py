@@ -1,4 +1,5 @@
-"""Attention of mask rows by forked sequences, on whatever attention backend the server has chosen.
+"""Attention of mask rows: what a way of doing it must offer, and the one that works on whatever attention backend the server has
+chosen, forked sequences.
 
 A group is a fork of its request: the request's full blocks, then scratch blocks that hold the rest of the prefix and the group's
 own K/V. A causal kernel over the fork lets a mask row see its prefix and its own group up to itself, nothing else. Requests and
@@ -10,11 +11,71 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from vllm_mtp.layout import Groups
+
+
+class MaskAttention(Protocol):
+    """A way to run the attention of mask rows in every layer."""
+
+    def blocks_per_group(self, k: int, block_size: int) -> int:
+        """Scratch blocks that a group of up to k mask rows needs."""
+        ...
+
+    def bind(self, kv_caches: list[torch.Tensor]) -> None:
+        """Takes the layers' caches, each [blocks, ...] with the scratch blocks included.
+
+        Raises:
+            ValueError: they are laid out in a way that is not supported.
+        """
+        ...
+
+    def plan(
+        self,
+        groups: Groups,
+        prefix_len: torch.Tensor,
+        request_len: torch.Tensor,
+        longest: int,
+        block_table: torch.Tensor,
+        block_size: int,
+        scratch: int,
+        k: int,
+    ) -> Any:
+        """What all layers share in a step; every shape follows from the step's shape, nothing is read back.
+
+        Args:
+            groups: the mask rows.
+            prefix_len: L of each group, [G].
+            request_len: tokens of each request once all its rows count, [R].
+            longest: no request is longer than this.
+            block_table: blocks of each request, [R, W].
+            block_size: tokens a block.
+            scratch: id of the first scratch block.
+            k: most mask tokens a group has.
+        """
+        ...
+
+    def prepare(self, planned: Any) -> object:
+        """Makes the cache ready for a planned step. Returns what `begin` wants beside the plan."""
+        ...
+
+    def begin(self, planned: Any, prepared: object) -> None:
+        """Starts a step: until `end`, attention serves its mask rows."""
+        ...
+
+    def end(self) -> None:
+        """Forgets the step."""
+        ...
+
+    def wrap(self, impl: Any) -> None:
+        """Makes one layer's attention implementation serve mask rows too (vLLM: v1/attention/backend.py, AttentionImpl).
+
+        Its methods are replaced on the instance, so that vLLM's isinstance checks on it still hold.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,67 +106,10 @@ class StepSequences:
     slots: torch.Tensor
 
 
-def blocks_per_fork(k: int, block_size: int) -> int:
-    """Scratch blocks that the rest of a block and k mask tokens can take."""
-    return -(-(block_size - 1 + k) // block_size)
-
-
 @lru_cache(maxsize=64)
 def _scratch_blocks(first: int, num_groups: int, per_fork: int, like: tuple[torch.device, torch.dtype]) -> torch.Tensor:
     """Ids of the scratch blocks of each group, [G, per_fork]."""
     return torch.arange(first, first + num_groups * per_fork, device=like[0], dtype=like[1]).view(-1, per_fork)
-
-
-def plan_forks(
-    groups: Groups,
-    request_len: torch.Tensor,
-    prefix_len: torch.Tensor,
-    longest: int,
-    block_table: torch.Tensor,
-    block_size: int,
-    scratch: int,
-    k: int,
-) -> StepSequences:
-    """Block tables, copies and slots of a step; every shape follows from the step's shape, nothing is read back.
-
-    Args:
-        groups: the mask rows.
-        request_len: tokens of each request once all its rows count, [R].
-        prefix_len: L of each group, [G].
-        longest: no request is longer than this.
-        block_table: blocks of each request, [R, W].
-        block_size: tokens a block.
-        scratch: id of the first scratch block.
-        k: most mask tokens a group has.
-    """
-    per_fork = blocks_per_fork(k, block_size)
-    own = _scratch_blocks(scratch, groups.num_groups, per_fork, (block_table.device, block_table.dtype))
-    full = prefix_len // block_size
-    num_requests, width = block_table.shape
-    table = block_table.new_zeros(num_requests + groups.num_groups, width + per_fork)
-    table[:num_requests, :width] = block_table
-    forked = table[num_requests:]
-    forked[:, :width] = block_table[groups.request]
-    # A prefix that ends with its block has no shared rest; whatever is copied then is written over or not read.
-    copy_from = forked.gather(1, full[:, None])[:, 0]
-    for column in range(per_fork):
-        forked.scatter_(1, full[:, None] + column if column else full[:, None], own[:, column, None])
-    # The tokens of a fork that are not in full blocks of its request lie one after the other from its first scratch block on.
-    first = own[:, 0].long()
-    offset = groups.written_ahead + (prefix_len - full * block_size)[groups.written_group]
-    slots = torch.where(offset < 0, -1, offset + (first * block_size)[groups.written_group])
-    return StepSequences(
-        block_table=table,
-        query_start=groups.query_start,
-        query_start_cpu=groups.query_start_cpu,
-        seq_lens=torch.cat([request_len, prefix_len + groups.length]).int(),
-        longest_query=groups.longest_query,
-        longest=longest + k,
-        copy_from=copy_from,
-        copy_to=first,
-        written_rows=groups.written_rows,
-        slots=slots,
-    )
 
 
 class ForkedSequences:
@@ -123,12 +127,12 @@ class ForkedSequences:
         self.metadata: object = None
         self.slots: torch.Tensor | None = None
 
-    def bind(self, kv_caches: list[torch.Tensor]) -> None:
-        """Takes the layers' caches, each [blocks, ...] with the scratch blocks included.
+    def blocks_per_group(self, k: int, block_size: int) -> int:
+        """Blocks that the rest of a block and k mask tokens can take."""
+        return -(-(block_size - 1 + k) // block_size)
 
-        Raises:
-            ValueError: if the caches are not equal steps apart in one allocation.
-        """
+    def bind(self, kv_caches: list[torch.Tensor]) -> None:
+        """Takes the caches, which must be equal steps apart in one allocation."""
         first = kv_caches[0]
         steps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(kv_caches)} or {0}
         same = all(
@@ -141,24 +145,59 @@ class ForkedSequences:
         shape, stride = (len(kv_caches), *first.shape), (steps.pop(), *first.stride())
         self.kv_caches = first.as_strided(shape, stride, first.storage_offset())
 
-    def copy_shared(self, step: StepSequences) -> None:
-        """Copies the partly filled blocks of all layers to where the step's forks continue them."""
+    def plan(
+        self,
+        groups: Groups,
+        prefix_len: torch.Tensor,
+        request_len: torch.Tensor,
+        longest: int,
+        block_table: torch.Tensor,
+        block_size: int,
+        scratch: int,
+        k: int,
+    ) -> StepSequences:
+        per_fork = self.blocks_per_group(k, block_size)
+        own = _scratch_blocks(scratch, groups.num_groups, per_fork, (block_table.device, block_table.dtype))
+        full = prefix_len // block_size
+        num_requests, width = block_table.shape
+        table = block_table.new_zeros(num_requests + groups.num_groups, width + per_fork)
+        table[:num_requests, :width] = block_table
+        forked = table[num_requests:]
+        forked[:, :width] = block_table[groups.request]
+        # A prefix that ends with its block has no shared rest; whatever is copied then is written over or not read.
+        copy_from = forked.gather(1, full[:, None])[:, 0]
+        for column in range(per_fork):
+            forked.scatter_(1, full[:, None] + column if column else full[:, None], own[:, column, None])
+        # The tokens of a fork that are not in full blocks of its request lie one after the other from its first scratch block on.
+        first = own[:, 0].long()
+        offset = groups.written_ahead + (prefix_len - full * block_size)[groups.written_group]
+        slots = torch.where(offset < 0, -1, offset + (first * block_size)[groups.written_group])
+        return StepSequences(
+            block_table=table,
+            query_start=groups.query_start,
+            query_start_cpu=groups.query_start_cpu,
+            seq_lens=torch.cat([request_len, prefix_len + groups.length]).int(),
+            longest_query=groups.longest_query,
+            longest=longest + k,
+            copy_from=copy_from,
+            copy_to=first,
+            written_rows=groups.written_rows,
+            slots=slots,
+        )
+
+    def prepare(self, step: StepSequences) -> object:
+        """Copies the partly filled blocks of all layers to where the step's forks continue them; returns the metadata."""
         assert self.kv_caches is not None
         self.kv_caches.index_copy_(1, step.copy_to, self.kv_caches.index_select(1, step.copy_from))
+        return self.build_metadata(step)
 
     def begin(self, step: StepSequences, metadata: object) -> None:
-        """Starts a step: until `end`, attention runs over its sequences."""
         self.step, self.metadata, self.slots = step, metadata, None
 
     def end(self) -> None:
-        """Forgets the step."""
         self.step = self.metadata = self.slots = None
 
     def wrap(self, impl: Any) -> None:
-        """Makes one layer's attention implementation serve mask rows too (vLLM: v1/attention/backend.py, AttentionImpl).
-
-        The two methods are replaced on the instance, so that vLLM's isinstance checks on it still hold.
-        """
         attend, write = impl.forward, impl.do_kv_cache_update
 
         def do_kv_cache_update(

@@ -7,11 +7,12 @@ operations: nothing is read back from the device. So a plan can be made while th
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
 from vllm_mtp.layout import Groups, plan_groups
-from vllm_mtp.mask_attention import ForkedSequences, StepSequences, plan_forks
+from vllm_mtp.mask_attention import MaskAttention
 
 
 @dataclass
@@ -56,13 +57,12 @@ class PlannedStep:
     Attributes:
         groups: its mask rows.
         positions: of the mask rows, [M].
-        sequences: its requests and forks.
-        metadata: the attention backend's own form of `sequences`.
+        sequences, metadata: what the attention of mask rows has planned and prepared (`MaskAttention`).
     """
 
     groups: Groups
     positions: torch.Tensor
-    sequences: StepSequences
+    sequences: Any
     metadata: object
 
 
@@ -83,7 +83,7 @@ class Planner:
     """Plans steps.
 
     Attributes:
-        attention: runs the forks.
+        attention: of the mask rows.
         max_rows: most rows of a step, real and mask rows together (max_num_batched_tokens).
         max_mask_rows, max_groups: most mask rows and groups of a step.
         max_model_len: positions that the model has.
@@ -91,7 +91,7 @@ class Planner:
         scratch: id of the first scratch block.
     """
 
-    attention: ForkedSequences
+    attention: MaskAttention
     max_rows: int
     max_mask_rows: int
     max_groups: int
@@ -107,7 +107,7 @@ class Planner:
         self._kept.clear()
 
     def plan(self, step: EngineStep) -> PlannedStep | None:
-        """The plan of a step and the copies that its forks start from, or None when it has no mask rows."""
+        """The plan of a step, or None when it has no mask rows."""
         begin = time.perf_counter()
         num_real = sum(step.num_rows)
         groups = plan_groups(
@@ -122,14 +122,13 @@ class Planner:
         if groups is None:
             return None
         k, prefix_len = len(step.lengths) - 1, groups.prefix_len(step.request_len)
-        sequences = plan_forks(
-            groups, step.request_len, prefix_len, step.longest, step.block_table, self.block_size, self.scratch, k
+        sequences = self.attention.plan(
+            groups, prefix_len, step.request_len, step.longest, step.block_table, self.block_size, self.scratch, k
         )
         planned = PlannedStep(groups, groups.positions(prefix_len, self.max_model_len), sequences, None)
         if step.replayed:
             planned = self._where_it_stood((step.num_rows, step.num_drafts, step.lengths), planned)
-        self.attention.copy_shared(planned.sequences)
-        planned.metadata = self.attention.build_metadata(planned.sequences)
+        planned.metadata = self.attention.prepare(planned.sequences)
         self.counters.steps += 1
         self.counters.real_rows += num_real
         self.counters.mask_rows += groups.num_rows
@@ -142,7 +141,7 @@ class Planner:
         if kept is planned:
             return planned
         kept.positions.copy_(planned.positions)
-        for each in fields(StepSequences):
+        for each in fields(kept.sequences):
             stood, new = getattr(kept.sequences, each.name), getattr(planned.sequences, each.name)
             if isinstance(stood, torch.Tensor) and stood is not new:
                 stood.copy_(new)

@@ -16,12 +16,14 @@ from vllm.platforms import current_platform
 from vllm_mtp import compiled, gated_lora, load, parallel
 from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
 from vllm_mtp.config import ServingOptions
-from vllm_mtp.cpu_linear import PackedLinear, PackedSampler
+from vllm_mtp.cpu_attention import CpuCombAttention, supports
+from vllm_mtp.cpu_linear import KernelUpdate, PackedSampler, packed_products
 from vllm_mtp.cpu_memory import keep_freed_memory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
 from vllm_mtp.layout import group_lengths
-from vllm_mtp.mask_attention import ForkedSequences, StepSequences, blocks_per_fork
+from vllm_mtp.kernels import cpu
+from vllm_mtp.mask_attention import ForkedSequences, MaskAttention, StepSequences
 from vllm_mtp.plan import PlannedStep, Planner, most_groups
 from vllm_mtp.request_lora import RequestLoRAs
 
@@ -33,6 +35,16 @@ def _warming_up() -> bool:
     from vllm.forward_context import get_forward_context
 
     return not get_forward_context().attn_metadata
+
+
+def _cpu_kernels_load() -> bool:
+    """Whether our kernels for CPUs are there; without them the same is done by more and slower operations."""
+    try:
+        cpu.load()
+    except cpu.NotBuilt as error:
+        logger.warning("Mask rows run without our CPU kernels, and slower: %s", error)
+        return False
+    return True
 
 
 class MaskTokenTarget:
@@ -92,20 +104,25 @@ class MaskTokenTarget:
         check_base(adapter.config, self.config.model_config.hf_text_config, fingerprint_tensors(model.named_parameters()))
         dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(model.parameters()).device
         rows = gated_lora.RowSplit(self.max_rows, device, dtype)
-        linear = PackedLinear if current_platform.is_cpu() else gated_lora.plain_product
+        kernels = current_platform.is_cpu() and dtype in cpu.DTYPES and _cpu_kernels_load()
+        update = KernelUpdate if kernels else packed_products if current_platform.is_cpu() else gated_lora.two_products
         try:
-            gated_lora.install(model, dict(adapter.lora), rows, linear)
+            gated_lora.install(model, dict(adapter.lora), rows, update)
         except ValueError as error:
             raise AdapterError(f"{self.options.adapter}: {error}") from None
-        self.attention = ForkedSequences(self._metadata)
-        for module in model.modules():
-            if isinstance(module, Attention):
-                if module.get_attn_backend().forward_includes_kv_cache_update:
-                    raise ValueError(
-                        f"mask-token prediction does not support the attention backend {module.get_attn_backend().get_name()}, "
-                        "which writes the KV cache inside its attention call: choose another with --attention-backend"
-                    )
-                self.attention.wrap(module.impl)
+        layers = [module for module in model.modules() if isinstance(module, Attention)]
+        for layer in layers:
+            if layer.get_attn_backend().forward_includes_kv_cache_update:
+                raise ValueError(
+                    f"mask-token prediction does not support the attention backend {layer.get_attn_backend().get_name()}, "
+                    "which writes the KV cache inside its attention call: choose another with --attention-backend"
+                )
+        block_size = self.config.cache_config.block_size
+        # A replayed graph reads the plan where its capture stood, which forks know how to keep.
+        comb = kernels and not keep_states and all(supports(layer.impl, dtype, block_size) for layer in layers)
+        self.attention: MaskAttention = CpuCombAttention() if comb else ForkedSequences(self._metadata)
+        for layer in layers:
+            self.attention.wrap(layer.impl)
         embeddings = adapter.mask_embeddings[: self.k].to(device, dtype)
         request_loras = RequestLoRAs(model)
         self.planner = Planner(
@@ -178,7 +195,7 @@ class MaskTokenTarget:
     @property
     def num_scratch_blocks(self) -> int:
         """Scratch blocks for the forks of the largest step."""
-        return self.planner.max_groups * blocks_per_fork(self.k, self.config.cache_config.block_size)
+        return self.planner.max_groups * self.attention.blocks_per_group(self.k, self.config.cache_config.block_size)
 
     def without_scratch_memory(self, available: int, runner: Any) -> int:
         """What is left of `available` bytes for the scheduler's blocks once the scratch blocks have theirs.

@@ -12,9 +12,17 @@ import torch.nn.functional as F
 
 from ..dispatch import runs_triton
 from .reference import gated_lora_add_reference, gated_lora_reference
-from .slices import MAX_RANK, LowRankSlices
+from .slices import MAX_RANK, CpuLowRankSlices, LowRankSlices
 
-__all__ = ["MAX_RANK", "LowRankSlices", "gated_lora", "gated_lora_", "gated_lora_add_reference", "gated_lora_reference"]
+__all__ = [
+    "MAX_RANK",
+    "CpuLowRankSlices",
+    "LowRankSlices",
+    "gated_lora",
+    "gated_lora_",
+    "gated_lora_add_reference",
+    "gated_lora_reference",
+]
 
 FUSED_MAX_ROWS = 128
 """Largest batch of `fused`: one row tile. With more rows W is read again for each tile and cuBLAS has the better schedule.

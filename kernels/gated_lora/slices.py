@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -51,3 +52,34 @@ class LowRankSlices:
             spans.append((at, end))
             last = end
         return LowRankSlices(packed_a, packed_b, torch.tensor(spans, dtype=torch.int32, device=first_a.device), scale)
+
+
+BLOCK = 32  # columns of a block of the CPU kernel
+
+
+class CpuLowRankSlices(NamedTuple):
+    """S low-rank updates as the CPU kernel streams them (cpu/gated_lora.cpp): in blocks of 32 columns, filled up with zeros.
+
+    Attributes:
+        a: A of all slices side by side, [blocks of S rank, in, 32].
+        b: scale B, slice by slice, [sum of the slices' blocks, rank, 32].
+        spans: first and last + 1 output feature of each slice, [S, 2] int64.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    spans: torch.Tensor
+
+    @staticmethod
+    def pack(slices: LowRankSlices, dtype: torch.dtype) -> "CpuLowRankSlices":
+        """The same updates in `dtype`."""
+        spans = slices.spans.tolist()
+        b = torch.cat([_blocks(slices.scale * slices.b[first:end].T) for first, end in spans])
+        return CpuLowRankSlices(_blocks(slices.a.flatten(0, 1).T).to(dtype), b.to(dtype), slices.spans.long())
+
+
+def _blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] as [blocks of columns, rows, 32], contiguous."""
+    rows, columns = matrix.shape
+    padded = torch.cat([matrix, matrix.new_zeros(rows, -columns % BLOCK)], 1)
+    return padded.view(rows, -1, BLOCK).transpose(0, 1).contiguous()

@@ -9,7 +9,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_mtp import compat, load, parallel
+from vllm_mtp import compat, load, parallel, verifier
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.target import MaskTokenTarget
 
@@ -46,6 +46,8 @@ class MaskTokenProposer(MaskTokenTarget):
         # We cut drafts at the model's end request by request; without this the runner drafts for no one once one request is
         # near it.
         runner.effective_drafter_max_model_len = self.max_model_len + self.k
+        if current_platform.is_cpu():
+            runner.rejection_sampler.forward = verifier.before(runner.rejection_sampler)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         return self.layouts[0] if len(self.layouts) == 1 else self.chooser.choose(num_requests)
