@@ -1,15 +1,12 @@
 """Attention of mask rows on a CPU: vLLM's kernel serves the real rows as in plain decoding, ours the mask rows beside them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 
 from vllm_mtp.kernels import cpu
-from vllm_mtp.kernels.comb_attention import CombLayout
 from vllm_mtp.layout import Groups
-
-logger = init_logger("vllm.mtp")
 
 
 def supports(impl: Any, dtype: torch.dtype, block_size: int) -> bool:
@@ -30,18 +27,70 @@ def supports(impl: Any, dtype: torch.dtype, block_size: int) -> bool:
     )
 
 
+_layers: list["_Layer"] = []
+"""The layers of all engines of this process, by the number that the operation knows them by."""
+
+
+class _Layer:
+    """One attention layer of the target."""
+
+    def __init__(self, attention: "CpuCombAttention", layer: Any) -> None:
+        impl = layer.impl
+        self.attention, self.layer, self.write, self.attend = attention, layer, impl.do_kv_cache_update, impl.forward
+        self.options = impl.scale, max(impl.sliding_window, 0), float(impl.logits_soft_cap)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of all rows, into `output`; the K/V of the real rows are in the cache."""
+        self.attend(self.layer, query, key, value, kv_cache, metadata, output=output)
+        if self.attention.step is not None and metadata is not None:
+            groups, table, num_real = self.attention.step
+            self.attention.kernel(output, query, key, value, kv_cache, table, *groups, num_real, *self.options)
+
+
+def _expanded_attention_(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer: int) -> None:
+    served = _layers[layer]
+    context = served.attention.context
+    if context is None:  # a warm-up run
+        return
+    name = served.layer.layer_name
+    slots, kv_cache = context.slot_mapping[name], served.layer.kv_cache
+    served.write(served.layer, key[: slots.shape[0]], value[: slots.shape[0]], kv_cache, slots)
+    served(query, key, value, kv_cache, context.attn_metadata[name], output)
+
+
+_library = torch.library.Library("vllm_mtp", "FRAGMENT")
+_library.define("expanded_attention_(Tensor query, Tensor key, Tensor value, Tensor(a!) output, int layer) -> ()")
+_library.impl("expanded_attention_", _expanded_attention_, "CPU")
+_library._register_fake("expanded_attention_", lambda *_: None)
+
+
 class CpuCombAttention:
     """Runs the mask rows of every attention layer in `comb_attention_cpu_`: they read their request's cache in place, and their own
     K/V never enter it, so it needs no scratch blocks and copies nothing.
+
+    A graph of ours has one operation a layer, `expanded_attention_`, in the place of vLLM's two.
+
+    Args:
+        in_our_graph: whether the graph that is being traced is ours.
 
     Raises:
         NotBuilt: the kernels cannot be built here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_our_graph: Callable[[], bool]) -> None:
         cpu.load()
-        self.attend = torch.ops.vllm_mtp.comb_attention_cpu_.default
-        self.step: tuple[CombLayout, torch.Tensor, int] | None = None
+        self.kernel = torch.ops.vllm_mtp.comb_attention_cpu_.default
+        self.in_our_graph = in_our_graph
+        self.step: tuple[tuple[torch.Tensor, ...], torch.Tensor, int] | None = None
+        self.context: Any = None
 
     def blocks_per_group(self, k: int, block_size: int) -> int:
         """None."""
@@ -52,22 +101,24 @@ class CpuCombAttention:
 
     def plan(
         self, groups: Groups, prefix_len: torch.Tensor, request_len: torch.Tensor, longest: int, block_table: torch.Tensor, *_: int
-    ) -> tuple[CombLayout, torch.Tensor, int]:
-        layout = CombLayout(prefix_len, groups.start, groups.group_of_row, groups.request_start, groups.num_rows)
-        return layout, block_table, groups.num_real
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, int]:
+        return (prefix_len, groups.start, groups.group_of_row, groups.request_start), block_table, groups.num_real
 
     def prepare(self, planned: Any) -> None:
         """Nothing to do."""
 
-    def begin(self, planned: tuple[CombLayout, torch.Tensor, int], prepared: object) -> None:
-        self.step = planned
+    def begin(self, planned: tuple[tuple[torch.Tensor, ...], torch.Tensor, int], prepared: object) -> None:
+        from vllm.forward_context import get_forward_context
+
+        self.step, self.context = planned, get_forward_context()
 
     def end(self) -> None:
-        self.step = None
+        self.step = self.context = None
 
-    def wrap(self, impl: Any) -> None:
-        attend, write = impl.forward, impl.do_kv_cache_update
-        options = impl.scale, max(impl.sliding_window, 0), float(impl.logits_soft_cap)
+    def wrap(self, layer: Any) -> None:
+        impl, traced, number = layer.impl, layer.forward, len(_layers)
+        served, write = _Layer(self, layer), impl.do_kv_cache_update
+        _layers.append(served)
 
         def do_kv_cache_update(
             layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
@@ -75,7 +126,7 @@ class CpuCombAttention:
             # The CPU operation trusts key's row count, and would write past the end of `slots`.
             write(layer, key[: slots.shape[0]], value[: slots.shape[0]], kv_cache, slots)
 
-        def forward(
+        def attend(
             layer: Any,
             query: torch.Tensor,
             key: torch.Tensor,
@@ -83,13 +134,19 @@ class CpuCombAttention:
             kv_cache: torch.Tensor,
             metadata: Any,
             output: torch.Tensor,
-            **kwargs: Any,
+            **_: Any,
         ) -> torch.Tensor:
-            attend(layer, query, key, value, kv_cache, metadata, output=output, **kwargs)
-            if self.step is not None and metadata is not None:
-                layout, table, num_real = self.step
-                groups = layout.prefix_len, layout.group_start, layout.group_of_row, layout.row_start
-                self.attend(output, query, key, value, kv_cache, table, *groups, num_real, *options)
+            served(query, key, value, kv_cache, metadata, output)
             return output
 
-        impl.forward, impl.do_kv_cache_update = forward, do_kv_cache_update
+        def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if not (torch.compiler.is_compiling() and self.in_our_graph()):
+                return traced(query, key, value, *args, **kwargs)
+            size, heads, kv_heads = layer.head_size, layer.num_heads, layer.num_kv_heads
+            output = query.new_empty(query.shape[0], heads, size)
+            torch.ops.vllm_mtp.expanded_attention_(
+                query.view(-1, heads, size), key.view(-1, kv_heads, size), value.view(-1, kv_heads, size), output, number
+            )
+            return output.view(-1, heads * size)
+
+        impl.forward, impl.do_kv_cache_update, layer.forward = attend, do_kv_cache_update, forward

@@ -227,7 +227,7 @@ def install(
                 unused.discard(path)
             at += size_here
         if slices:
-            GatedLinear(layer, update(slices, sum(layer.output_partition_sizes), rows), rows)
+            GatedLinear(layer, update(slices, at, rows), rows)
     if unused:
         raise ValueError(
             f"the adapter has LoRA weights for modules that the served model does not have: {', '.join(sorted(unused)[:3])}"

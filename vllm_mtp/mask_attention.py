@@ -70,10 +70,11 @@ class MaskAttention(Protocol):
         """Forgets the step."""
         ...
 
-    def wrap(self, impl: Any) -> None:
-        """Makes one layer's attention implementation serve mask rows too (vLLM: v1/attention/backend.py, AttentionImpl).
+    def wrap(self, layer: Any) -> None:
+        """Makes one of vLLM's attention layers serve mask rows too.
 
-        Its methods are replaced on the instance, so that vLLM's isinstance checks on it still hold.
+        Methods of its implementation (vLLM: v1/attention/backend.py, AttentionImpl) are replaced on the instance, so that vLLM's
+        isinstance checks on it still hold.
         """
         ...
 
@@ -197,7 +198,8 @@ class ForkedSequences:
     def end(self) -> None:
         self.step = self.metadata = self.slots = None
 
-    def wrap(self, impl: Any) -> None:
+    def wrap(self, layer: Any) -> None:
+        impl = layer.impl
         attend, write = impl.forward, impl.do_kv_cache_update
 
         def do_kv_cache_update(

@@ -21,8 +21,8 @@ from vllm_mtp.cpu_linear import KernelUpdate, PackedSampler, packed_products
 from vllm_mtp.cpu_memory import keep_freed_memory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
-from vllm_mtp.layout import group_lengths
 from vllm_mtp.kernels import cpu
+from vllm_mtp.layout import group_lengths
 from vllm_mtp.mask_attention import ForkedSequences, MaskAttention, StepSequences
 from vllm_mtp.plan import PlannedStep, Planner, most_groups
 from vllm_mtp.request_lora import RequestLoRAs
@@ -120,9 +120,9 @@ class MaskTokenTarget:
         block_size = self.config.cache_config.block_size
         # A replayed graph reads the plan where its capture stood, which forks know how to keep.
         comb = kernels and not keep_states and all(supports(layer.impl, dtype, block_size) for layer in layers)
-        self.attention: MaskAttention = CpuCombAttention() if comb else ForkedSequences(self._metadata)
+        self.attention: MaskAttention = CpuCombAttention(lambda: rows.tracing_expanded) if comb else ForkedSequences(self._metadata)
         for layer in layers:
-            self.attention.wrap(layer.impl)
+            self.attention.wrap(layer)
         embeddings = adapter.mask_embeddings[: self.k].to(device, dtype)
         request_loras = RequestLoRAs(model)
         self.planner = Planner(

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
 REJECTED = -1
 """What stands behind the tokens of a request in the sampler's output (rejection_sampler.py, PLACEHOLDER_TOKEN_ID)."""
@@ -39,7 +41,6 @@ def _takes_the_best(sampling: Any) -> bool:
     Args:
         sampling: vLLM's SamplingMetadata (v1/sample/metadata.py).
     """
-    from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
     def idle(processor: Any) -> bool:
         if isinstance(processor, MinTokensLogitsProcessor):
@@ -73,12 +74,10 @@ def before(sampler: Any) -> Callable[..., Any]:
         return original
 
     def forward(metadata: Any, draft_probs: torch.Tensor | None, logits: torch.Tensor, sampling_metadata: Any) -> Any:
-        from vllm.v1.outputs import SamplerOutput
-
         if not _takes_the_best(sampling_metadata):
             return original(metadata, draft_probs, logits, sampling_metadata)
         tokens = greedy_tokens(
-            logits.float().argmax(-1).numpy(), metadata.draft_token_ids.numpy(), np.array(metadata.num_draft_tokens)
+            logits.float().numpy().argmax(-1), metadata.draft_token_ids.numpy(), np.array(metadata.num_draft_tokens)
         )
         return SamplerOutput(sampled_token_ids=torch.from_numpy(tokens), logprobs_tensors=None)
 

@@ -23,8 +23,8 @@ class NotBuilt(RuntimeError):
 
 @lru_cache(maxsize=1)
 def load() -> None:
-    """Makes the operations `torch.ops.vllm_mtp.gated_lora_cpu_` and `comb_attention_cpu_`; builds them, half a minute, if this machine
-    has not yet.
+    """Makes the operations `torch.ops.vllm_mtp.gated_lora_cpu_` and `comb_attention_cpu_`, and builds them if this machine has not
+    yet: half a minute.
 
     Raises:
         NotBuilt: see there. The compiler is that of $CXX, else g++.

@@ -1,0 +1,111 @@
+"""The CPU kernels against the references."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm_mtp.kernels import cpu
+from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout, comb_attention_reference
+from vllm_mtp.kernels.gated_lora import CpuLowRankSlices, LowRankSlices, gated_lora_add_reference
+
+from .conftest import RUNS_TRITON
+
+pytestmark = pytest.mark.skipif(RUNS_TRITON, reason="the other process tests them")
+DTYPES = st.sampled_from(cpu.DTYPES)
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> None:
+    cpu.load()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=DTYPES,
+    real=st.integers(0, 5),
+    masks=st.integers(0, 40),
+    inputs=st.sampled_from([1, 16, 50, 384]),
+    sizes=st.lists(st.sampled_from([1, 17, 32, 100]), min_size=1, max_size=3),
+    rank=st.sampled_from([1, 5, 16, 33]),
+    gap=st.sampled_from([0, 7]),
+    seed=st.integers(0, 2**31),
+)
+def test_gated_lora(
+    dtype: torch.dtype, real: int, masks: int, inputs: int, sizes: list[int], rank: int, gap: int, seed: int
+) -> None:
+    """Any shapes, outputs that no slice has, rows of a wider tensor; real rows keep their bits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    firsts = [0, *accumulate(size + gap for size in sizes)]
+    parts = [(at, normal(rank, inputs) / inputs**0.5, normal(size, rank)) for at, size in zip(firsts, sizes, strict=False)]
+    slices = LowRankSlices.pack([(at, a.to(dtype).float(), b.to(dtype).float()) for at, a, b in parts], firsts[-1])
+    x, y = normal(real + masks, inputs + 3).to(dtype)[:, :inputs], normal(real + masks, firsts[-1] + 5).to(dtype)[:, : firsts[-1]]
+    num_real = torch.tensor([real])
+    double = LowRankSlices(slices.a.double(), slices.b.double(), slices.spans)
+    wanted = gated_lora_add_reference(y.double(), x.double(), double, num_real)
+    before = y.clone()
+    torch.ops.vllm_mtp.gated_lora_cpu_(y, x, *CpuLowRankSlices.pack(slices, dtype), num_real)
+    assert torch.equal(y[:real], before[:real])
+    scale = wanted.abs().max().clamp(min=1) if wanted.numel() else 1.0
+    assert ((y.double() - wanted).abs() <= TOLERANCE[dtype] * scale).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_comb_attention(data: st.DataObject) -> None:
+    """Ragged groups, requests without any, prefixes of nothing and over many blocks, windows, soft caps; rows of a fused qkv.
+
+    What no row may read is NaN: cache slots behind a request's tokens, and blocks of nobody.
+    """
+    draw = data.draw
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype, block, size = draw(DTYPES), draw(st.sampled_from([16, 32, 128])), draw(st.sampled_from([16, 64, 96]))
+    kv_heads, shared, real = draw(st.sampled_from([(1, 1), (2, 3), (3, 2)])) + (draw(st.integers(0, 4)),)
+    lengths = draw(st.lists(st.integers(0, 300), min_size=1, max_size=3))
+    groups = [
+        (request, draw(st.integers(1, 5)), max(0, length - ahead))
+        for request, length in enumerate(lengths)
+        for ahead in reversed(range(draw(st.integers(0, 4))))
+    ] or [(0, 1, lengths[0])]
+    layout = CombLayout.of(*(list(column) for column in zip(*groups, strict=True)), len(lengths), torch.device("cpu"))
+    masks = sum(length for _, length, _ in groups)
+    fused = torch.randn(real + masks, (shared + 2) * kv_heads, size, generator=generator).to(dtype)
+    q, k, v = fused.split([shared * kv_heads, kv_heads, kv_heads], 1)
+
+    width = max(lengths) // block + 1
+    table = torch.randperm(len(lengths) * width + 1, generator=generator)[:-1].view(len(lengths), width).int()
+    keys = torch.full((table.numel() + 1, block, kv_heads, size), torch.nan, dtype=dtype)
+    values = keys.clone()
+    for request, length in enumerate(lengths):
+        for first in range(0, length, block):
+            tokens = min(block, length - first)
+            for half in (keys, values):
+                half[table[request, first // block], :tokens] = torch.randn(tokens, kv_heads, size, generator=generator).to(dtype)
+    # vLLM's cache: K of a block as [D, tokens], V behind it as [tokens, D].
+    cache = torch.cat([keys.permute(0, 2, 3, 1).flatten(2), values.transpose(1, 2).flatten(2)], 2)
+    cache = cache.view(len(keys), kv_heads, block, 2 * size)
+
+    options = size**-0.5, draw(st.sampled_from([0, 0, 1, 9, 64])), draw(st.sampled_from([0.0, 0.0, 2.0]))
+    double = CombInputs(
+        q[real:].double(), k[real:].double(), v[real:].double(), keys.double(), values.double(), table, layout, *options
+    )
+    wanted = comb_attention_reference(double)
+    out = torch.zeros_like(fused[:, : shared * kv_heads])
+    starts = (layout.prefix_len.long(), layout.group_start.long(), layout.group_of_row.long(), layout.row_start.long())
+    torch.ops.vllm_mtp.comb_attention_cpu_(out, q, k, v, cache, table, *starts, real, *options)
+    assert not out[:real].any()
+    assert ((out[real:].double() - wanted).abs() <= TOLERANCE[dtype]).all()
+
+
+def test_a_compiler_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for compiler, said in (("false", "could not build"), ("/nowhere/g++", "could not be started")):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(cpu.NotBuilt, match=said):
+            cpu.load.__wrapped__()
