@@ -17,7 +17,7 @@ TRIAL = 12  # steps of a burst that tries a rival
 FIRST_RETRY, LAST_RETRY = 8, 512  # bursts until a rival is tried again; doubled each time it loses
 MEMORY = 0.8  # what an older burst counts when a newer one of the same layout comes in
 HOPELESS = 0.85  # a layout slower than this share of the best is tried again rarely; if of a narrower one, no wider one is tried
-CLEARLY = 1.02  # a rival must be better by this factor to take over
+CLEARLY = 1.02  # a rival must be better by this factor to take over; plain decoding takes over even when worse by it
 
 
 def candidate_layouts(k: int) -> list[tuple[int, ...]]:
@@ -134,6 +134,7 @@ class LayoutChooser:
     agree: Callable[[float], float] = float
 
     def __post_init__(self) -> None:
+        self._plain = [i for i, lengths in enumerate(self.layouts) if not any(lengths)]
         self._buckets: dict[int, _Bucket] = {}
         self._bucket = -1
         self._arm = 0
@@ -208,6 +209,13 @@ class LayoutChooser:
             if i != bucket.best and (arm.seconds or not too_wide(lengths))
         ]
 
+    def _takes_over(self, bucket: _Bucket, rival: int) -> bool:
+        """Whether a layout becomes the best. In a tie it is plain decoding: what brings nothing is not worth its rows."""
+        if rival == bucket.best or not bucket.arms[rival].seconds:
+            return False
+        margin = 1 / CLEARLY if rival in self._plain else CLEARLY**2 if bucket.best in self._plain else CLEARLY
+        return bucket.arms[rival].rate > margin * bucket.arms[bucket.best].rate
+
     def _finish(self) -> None:
         bucket = self._buckets[self._bucket]
         arm, best = bucket.arms[self._arm], bucket.arms[bucket.best]
@@ -216,10 +224,11 @@ class LayoutChooser:
         bucket.bursts += 1
         if arm is best:
             better = max(range(len(bucket.arms)), key=lambda i: bucket.arms[i].rate)
-            if bucket.arms[better].rate > CLEARLY * best.rate:
-                bucket.best = better
+            for rival in (better, *self._plain):
+                if self._takes_over(bucket, rival):
+                    bucket.best = rival
             return
-        if arm.rate > CLEARLY * best.rate:
+        if self._takes_over(bucket, self._arm):
             bucket.best, arm.wait = self._arm, FIRST_RETRY
             best.wait, best.due = FIRST_RETRY, bucket.bursts + FIRST_RETRY
             return

@@ -66,7 +66,7 @@ def test_comb_attention(data: st.DataObject) -> None:
     draw = data.draw
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype, block, size = draw(DTYPES), draw(st.sampled_from([16, 32, 128])), draw(st.sampled_from([16, 64, 96]))
-    kv_heads, shared, real = draw(st.sampled_from([(1, 1), (2, 3), (3, 2)])) + (draw(st.integers(0, 4)),)
+    (kv_heads, shared), real = draw(st.sampled_from([(1, 1), (2, 3), (3, 2)])), draw(st.integers(0, 4))
     lengths = draw(st.lists(st.integers(0, 300), min_size=1, max_size=3))
     groups = [
         (request, draw(st.integers(1, 5)), max(0, length - ahead))

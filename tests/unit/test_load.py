@@ -67,6 +67,14 @@ def test_where_drafts_are_worthless_it_becomes_plain_decoding_and_stays_close_to
     assert seconds < 1.01 * 4000 * server.seconds(PLAIN, 4) * 1.025
 
 
+def test_a_tie_goes_to_plain_decoding() -> None:
+    """Mask rows that cost nothing and bring nothing: the noise of the clock alone would choose any layout."""
+    choosers = [LayoutChooser(fitting_layouts(K, 1000, 1000)) for _ in range(10)]
+    for seed, chooser in enumerate(choosers):
+        Server(0.0, 0.0, seed).run(chooser, 1, 3000)
+    assert [chooser.best(1) for chooser in choosers] == [PLAIN] * 10
+
+
 def test_it_comes_back_when_drafts_become_worth_their_rows_again() -> None:
     server, chooser = Server(0.01, 0.0), LayoutChooser(fitting_layouts(K, 1000, 1000))
     server.run(chooser, 1, 2000)
