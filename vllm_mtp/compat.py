@@ -1,17 +1,19 @@
-"""Every name of vLLM (relative to its package) that is replaced: what, when, why, in which versions, and until when.
+"""Every name of vLLM (relative to its package) that is replaced: what, when, why, and until when.
 
-`engine.arg_utils.EngineArgs.create_speculative_config` (at registration; 0.32)
+All of them are there in vLLM 0.26 to 0.33; what exactly is expected of each says `vllm_mtp.contract`.
+
+`engine.arg_utils.EngineArgs.create_speculative_config` (at registration)
     `method` is a closed list and `SpeculativeConfig` refuses unknown keys, so an adapter of ours is turned into `custom_class`
     before it is built. Until vLLM has a registry of speculative methods.
 
-Both runners, when selected, in workers (0.32):
+Both runners, when selected, in workers:
 
 `v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache`, `v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache`
     Scratch blocks behind the scheduler's, and the cache for the drafter: it is given neither. Until a drafter may reserve blocks.
 `v1.worker.gpu_worker.Worker.determine_available_memory`, `v1.worker.cpu_worker.CPUWorker.determine_available_memory`
     The memory of the scratch blocks comes off what the scheduler may use. Until the same.
 
-V1 runner, when selected, in workers (0.32):
+V1 runner, when selected, in workers:
 
 `v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs`
     A step in which no request has a draft is prepared and sampled as in plain vLLM. The runner asks only whether speculation is
@@ -20,7 +22,7 @@ V1 runner, when selected, in workers (0.32):
     The CPU build's `expand_kernel` writes into an int64 copy of its output, so temperature, top-p and top-k reach the rejection
     sampler uninitialised, and sampled output under any speculation has the wrong distribution. Until that kernel writes its output.
 
-V2 runner, when selected, in every process that holds the configuration (0.32):
+V2 runner, when selected, in every process that holds the configuration:
 
 `v1.worker.gpu.model_runner.init_speculator`
     Our speculator: the function is a chain of vLLM's own. Until it loads a class by name, as V1 does.
@@ -32,36 +34,96 @@ All wrappers are idempotent and hand through whatever is not ours.
 
 import functools
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-SUPPORTED_VLLM = ("0.32",)
+from packaging.version import InvalidVersion, Version
+
+from vllm_mtp import contract
+from vllm_mtp.requirements import Requirement
+from vllm_mtp.vllm_source import Installed
+
+TESTED_VLLM = ("0.30", "0.31", "0.32")
+"""Minor releases on which the engine tests pass (`python -m tests.compat`)."""
+OLDEST_VLLM = "0.26"
+"""The oldest one whose source has all that is relied on; nothing is known of those before it."""
+REMEDY = (
+    f"Install a vLLM that is tested ({', '.join(TESTED_VLLM)}), or serve without the adapter by leaving --speculative-config out."
+)
 
 
-def check_version() -> None:
-    """Raises RuntimeError when the running vLLM is one that the hooks were never tried on."""
+class UnsupportedVersion(RuntimeError):
+    """The installed vLLM lacks something that this package relies on."""
+
+
+def check_vllm(requirements: Iterable[Requirement]) -> None:
+    """Looks whether the installed vLLM has what is relied on; warns once if it is one that was never tested.
+
+    Raises:
+        UnsupportedVersion: it has not.
+    """
     from vllm_mtp.selection import vllm_version
 
     version = vllm_version()
-    if not any(version == known or version.startswith(known + ".") for known in SUPPORTED_VLLM):
-        raise RuntimeError(
-            f"vllm-mtp supports vLLM {', '.join(SUPPORTED_VLLM)}; this is {version}. Install a supported vLLM, or serve without "
-            "the adapter by leaving --speculative-config out."
+    try:
+        release = Version(version).release
+    except InvalidVersion:  # built from a source tree without tags
+        release = None
+    if release is not None and release < Version(OLDEST_VLLM).release:
+        raise UnsupportedVersion(f"mask-token prediction needs vLLM {OLDEST_VLLM} or later; this is {version}. {REMEDY}")
+    _refuse(_violations(tuple(requirements)), version)
+    if release is None or ".".join(map(str, release[:2])) not in TESTED_VLLM:
+        _warn_of_untested(version)
+
+
+@functools.cache
+def _violations(requirements: tuple[Requirement, ...]) -> tuple[str, ...]:
+    """Of the installed vLLM; reading its source takes half a second, and it stays the same."""
+    return tuple(contract.violations(Installed(), requirements))
+
+
+def _refuse(violations: Sequence[str], version: str) -> None:
+    if violations:
+        more = f" (and {len(violations) - 3} more)" if len(violations) > 3 else ""
+        raise UnsupportedVersion(
+            f"mask-token prediction relies on what vLLM {version} does not have as expected: {'; '.join(violations[:3])}"
+            f"{more}. {REMEDY}"
         )
+
+
+@functools.cache
+def _warn_of_untested(version: str) -> None:
+    from vllm.logger import init_logger
+
+    init_logger("vllm.mtp").warning(
+        "Mask-token prediction is tested on vLLM %s, and this is %s. All names and signatures that it relies on are as expected, "
+        "so it runs; whether they still mean the same is not known.",
+        ", ".join(TESTED_VLLM),
+        version,
+    )
 
 
 def recognise_adapters() -> None:
     """Makes `--speculative-config '{"method": "mtp", "model": "<adapter>", ..}'` select us when that is an adapter of ours."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.logger import init_logger
 
-    _replace(EngineArgs, "create_speculative_config", _create_speculative_config)
+    try:
+        _replace(EngineArgs, "create_speculative_config", _create_speculative_config)
+    except UnsupportedVersion as error:  # vLLM itself must start, for whoever does without us
+        init_logger("vllm.mtp").warning("Adapters for mask-token prediction are not recognised: %s", error)
 
 
 def _replace(owner: Any, name: str, replacement: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Makes `owner.name` what `replacement` makes of the original; once, however often it is called."""
-    original = getattr(owner, name)
-    if hasattr(original, "vllm_mtp_original"):
+    if hasattr(getattr(owner, name, None), "vllm_mtp_original"):
         return
+    from vllm_mtp.selection import vllm_version
+
+    hook = contract.of_hook(name if inspect.ismodule(owner) else f"{owner.__name__}.{name}")
+    _refuse(contract.violations(Installed(), [hook]), vllm_version())
+    original = getattr(owner, name)
     new = functools.wraps(original)(replacement(original))
     new.vllm_mtp_original = original  # type: ignore[attr-defined]
     setattr(owner, name, new)
@@ -69,12 +131,15 @@ def _replace(owner: Any, name: str, replacement: Callable[[Callable[..., Any]], 
 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        from vllm.platforms import current_platform
+
         from vllm_mtp import selection
 
         asked = selection.asked_for(self)
         if asked is None:
             return original(self, target_model_config, target_parallel_config)
-        check_version()
+        on_v2, on_cpu = selection.runs_on_v2(), current_platform.is_cpu()
+        check_vllm(contract.needed(on_v2=on_v2, on_cpu=on_cpu, request_loras=bool(self.enable_lora)))
         options = selection.resolve(
             asked,
             self.additional_config or {},
@@ -82,6 +147,8 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             target_parallel_config,
             request_loras=bool(self.enable_lora),
         )
+        if options.draft_sample_method == "probabilistic":
+            check_vllm(contract.V2_PROBABILISTIC_DRAFTS if on_v2 else contract.V1_PROBABILISTIC_DRAFTS)
         self.additional_config = {**(self.additional_config or {}), "mtp": options.model_dump(mode="json")}
         if (rows := selection.scheduled_rows(options, self)) is not None:
             self.max_num_scheduled_tokens = rows
@@ -96,7 +163,7 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             config = original(self, target_model_config, target_parallel_config)
         finally:
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
-        if not selection.runs_on_v2():
+        if not on_v2:
             return config
         return selection.for_v2_runner(config, options, self.max_num_seqs, self.max_num_batched_tokens)
 

@@ -26,11 +26,7 @@ class MaskAttention(Protocol):
         ...
 
     def bind(self, kv_caches: list[torch.Tensor]) -> None:
-        """Takes the layers' caches, each [blocks, ...] with the scratch blocks included.
-
-        Raises:
-            ValueError: they are laid out in a way that is not supported.
-        """
+        """Takes the layers' caches, each [blocks, ...] with the scratch blocks included."""
         ...
 
     def plan(
@@ -123,7 +119,7 @@ class ForkedSequences:
 
     def __init__(self, build_metadata: Callable[[StepSequences], Any]) -> None:
         self.build_metadata = build_metadata
-        self.kv_caches: torch.Tensor | None = None
+        self.kv_caches: list[torch.Tensor] = []
         self.step: StepSequences | None = None
         self.metadata: object = None
         self.slots: torch.Tensor | None = None
@@ -133,18 +129,17 @@ class ForkedSequences:
         return -(-(block_size - 1 + k) // block_size)
 
     def bind(self, kv_caches: list[torch.Tensor]) -> None:
-        """Takes the caches, which must be equal steps apart in one allocation."""
+        """Takes the layers' caches, each [blocks, ...] with the scratch blocks included."""
         first = kv_caches[0]
         steps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(kv_caches)} or {0}
         same = all(
             c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and c.stride() == first.stride() for c in kv_caches
         )
-        if not same or len(steps) != 1:
-            raise ValueError(
-                "the KV caches of the layers do not lie equally spaced in one allocation; this cache layout is not supported"
-            )
-        shape, stride = (len(kv_caches), *first.shape), (steps.pop(), *first.stride())
-        self.kv_caches = first.as_strided(shape, stride, first.storage_offset())
+        if same and len(steps) == 1:  # equally spaced in one allocation: one tensor, and one copy for all layers
+            shape, stride = (len(kv_caches), *first.shape), (steps.pop(), *first.stride())
+            self.kv_caches = [first.as_strided(shape, stride, first.storage_offset())]
+        else:
+            self.kv_caches = [cache[None] for cache in kv_caches]
 
     def plan(
         self,
@@ -188,8 +183,8 @@ class ForkedSequences:
 
     def prepare(self, step: StepSequences) -> object:
         """Copies the partly filled blocks of all layers to where the step's forks continue them; returns the metadata."""
-        assert self.kv_caches is not None
-        self.kv_caches.index_copy_(1, step.copy_to, self.kv_caches.index_select(1, step.copy_from))
+        for caches in self.kv_caches:
+            caches.index_copy_(1, step.copy_to, caches.index_select(1, step.copy_from))
         return self.build_metadata(step)
 
     def begin(self, step: StepSequences, metadata: object) -> None:

@@ -22,6 +22,7 @@ from vllm_mtp.cpu_memory import keep_freed_memory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
 from vllm_mtp.kernels import cpu
+from vllm_mtp.kv_cache import with_scratch_blocks
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.mask_attention import ForkedSequences, MaskAttention, StepSequences
 from vllm_mtp.plan import PlannedStep, Planner, most_groups
@@ -221,20 +222,8 @@ class MaskTokenTarget:
         Raises:
             ValueError: the cache is laid out in a way that has no room behind its blocks.
         """
-        config, num_scratch = copy.deepcopy(kv_cache_config), self.num_scratch_blocks
-        if len(config.kv_cache_groups) != 1:
-            raise ValueError("mask-token prediction does not support models with several KV cache groups (hybrid attention) yet")
-        for tensor in config.kv_cache_tensors:
-            if tensor.offset != 0 or tensor.layer_stride != tensor.block_stride * config.num_blocks:
-                raise ValueError(
-                    "mask-token prediction needs a KV cache whose layers lie one after the other; this layout is not supported yet"
-                )
-            # Both, or layer l's scratch blocks would be the first blocks of layer l + 1.
-            tensor.size += num_scratch * tensor.block_stride * len(tensor.layers)
-            tensor.layer_stride += num_scratch * tensor.block_stride
-        self.first_scratch_block = config.num_blocks
-        config.num_blocks += num_scratch
-        return config
+        self.first_scratch_block = kv_cache_config.num_blocks
+        return with_scratch_blocks(kv_cache_config, self.num_scratch_blocks)
 
     def bind(self, runner: Any) -> None:
         """Takes the KV cache once it stands; may be called again for another one.

@@ -29,7 +29,7 @@ def fake() -> Iterator[FakeTensorMode]:
 
 def planner() -> Planner:
     attention = ForkedSequences(lambda step: step)
-    attention.kv_caches = torch.zeros(2, 64, BLOCK, 2, 4)
+    attention.kv_caches = [torch.zeros(2, 64, BLOCK, 2, 4)]
     planner = Planner(attention, max_rows=512, max_mask_rows=256, max_groups=64, max_model_len=128)
     planner.bind(BLOCK, scratch=32)
     return planner

@@ -38,13 +38,16 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config)
-        if vllm_config.watermark_config is not None:
+        if getattr(vllm_config, "watermark_config", None) is not None:  # vLLM 0.26 has none
             raise ValueError("mask-token prediction does not support watermarking: leave the watermark configuration out")
         if vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
             raise ValueError(
                 "mask-token prediction runs prompt steps outside of CUDA graphs: set cudagraph_mode to FULL_AND_PIECEWISE or "
                 "FULL_DECODE_ONLY in --compilation-config"
             )
+        self.model = (
+            torch.nn.Module()
+        )  # a draft model's modules are prepared for communication, in vLLM 0.26 whether there is one or not
         self.drafts = torch.zeros(self.max_requests, self.k, dtype=torch.int64, device=device)
         self.planned: PlannedStep | None = None
 
