@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-full check venv clean
+.PHONY: demo test test-full compat check venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -14,6 +14,10 @@ test: check
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -q -m "full or not full"
+
+# One wheel on every supported vLLM: an environment of 3.5 GB each, kept in build/compat, and some ten minutes of tests.
+compat: $(STAMP)
+	$(BIN)/python -m tests.compat run
 
 check: $(STAMP)
 	$(BIN)/ruff check .

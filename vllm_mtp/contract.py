@@ -235,6 +235,9 @@ GROUPS: dict[str, tuple[Requirement, ...]] = {
     "commands": COMMANDS,
 }
 
+OPTIONS = ("probabilistic drafts on the V1 runner", "probabilistic drafts on the V2 runner", "request LoRA adapters")
+"""Groups that only an option needs, which is refused where they are not met."""
+
 
 def violations(vllm: SourceTree, requirements: Iterable[Requirement]) -> list[str]:
     """What of `requirements` a vLLM does not meet, a sentence each."""

@@ -155,11 +155,23 @@ def as_custom_class(options: ServingOptions) -> dict[str, Any]:
 
 
 def runs_on_v2() -> bool:
-    """Whether vLLM will take its V2 model runner (config/vllm.py, VllmConfig.use_v2_model_runner)."""
+    """Whether vLLM will take its V2 model runner (config/vllm.py, VllmConfig.use_v2_model_runner).
+
+    Raises:
+        ConfigurationError: vLLM goes by the model, so it is not known here.
+    """
     from vllm import envs
+    from vllm.config import VllmConfig
     from vllm.triton_utils import HAS_TRITON
 
-    return HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else bool(envs.VLLM_USE_V2_MODEL_RUNNER)
+    if envs.VLLM_USE_V2_MODEL_RUNNER is not None:
+        return bool(envs.VLLM_USE_V2_MODEL_RUNNER)
+    if HAS_TRITON and hasattr(VllmConfig, "_is_default_v2_model_runner_model"):
+        raise ConfigurationError(
+            f"vLLM {vllm_version()} has a list of the models that it runs on its V2 model runner: set VLLM_USE_V2_MODEL_RUNNER "
+            "to 1 (or 0), so that it is the same for all"
+        )
+    return bool(HAS_TRITON)
 
 
 def for_v2_runner(config: Any, options: ServingOptions, max_requests: int | None, max_rows: int | None) -> Any:

@@ -98,16 +98,15 @@ class SourceTree:
     def module(self, name: str) -> ast.Module | None:
         """The module's tree, None if there is none; `name` is relative to vLLM's package, "" the package itself."""
         if name not in self.modules:
-            path = self._path(name)
-            file = path.joinpath("__init__.py") if path.is_dir() else self._path(name, ".py")
-            self.modules[name] = None
-            if file.is_file():
-                self.modules[name] = ast.parse(file.read_bytes())
+            file = self.path(name)
+            self.modules[name] = ast.parse(file.read_bytes()) if file.is_file() else None
         return self.modules[name]
 
-    def _path(self, module: str, suffix: str = "") -> Path | zipfile.Path:
+    def path(self, module: str) -> Any:
+        """Where a module or package is, or would be."""
         *parents, last = module.split(".")
-        return self.package.joinpath(*parents, last + suffix) if module else self.package
+        folder = self.package.joinpath(*parents, last) if module else self.package
+        return folder.joinpath("__init__.py") if folder.is_dir() else self.package.joinpath(*parents, f"{last}.py")
 
     def find(self, module: str, name: str) -> Definition | None:
         """The definition of `name`, with dots from a class to its members; names that are imported are followed."""
@@ -209,7 +208,7 @@ class SourceTree:
 
     def _imported(self, module: str, line: ast.ImportFrom, name: str) -> Definition | None:
         if line.level:
-            is_package = self._path(module).is_dir()
+            is_package = self.path(module).name == "__init__.py"
             parents = module.split(".") if module else []
             parents = parents[: len(parents) - line.level + is_package]
             source = ".".join([*parents, *([line.module] if line.module else [])])

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_mtp import demo
+from vllm_mtp import compat, demo
 from vllm_mtp.adapter import AdapterError
 from vllm_mtp.plugin import register
 from vllm_mtp.selection import ConfigurationError
@@ -107,6 +108,23 @@ def test_a_damaged_adapter_is_refused(adapter: Path, damage: Callable[[Path], No
 def test_an_impossible_option_is_refused(options: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         engine_config({**speculative(demo.ADAPTER, 4), **options}, **arguments)
+
+
+@pytest.fixture
+def unread() -> Iterator[None]:
+    """Nothing is known of the installed vLLM, and what becomes known is forgotten."""
+    compat._violations.cache_clear()
+    yield
+    compat._violations.cache_clear()
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_vllm_that_lacks_something_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AttentionGroup, "make_builders", AttentionGroup.create_metadata_builders, raising=False)
+    monkeypatch.delattr(AttentionGroup, "create_metadata_builders")
+    with pytest.raises(compat.UnsupportedVersion, match=r"v1\.worker\.utils\.AttentionGroup\.create_metadata_builders is missing"):
+        engine_config(speculative(demo.ADAPTER, 4))
+    assert EngineArgs(model=str(demo.BASE)).create_engine_config().speculative_config is None
 
 
 def test_options_come_from_additional_config_too_and_the_operators_win() -> None:

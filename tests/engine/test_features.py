@@ -4,6 +4,7 @@ said otherwise.
 Each test carries the row of README's table that it stands for; `python -m tests.feature_table` writes the table from the marks.
 """
 
+import copy
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ import httpx
 import pytest
 import torch
 from openai import BadRequestError, OpenAI
+from packaging.version import Version
 from vllm import SamplingParams
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -80,6 +82,15 @@ class Answers:
         """Text, tokens and ends of the answers to a case."""
         return [(c.text, list(c.token_ids), c.finish_reason, c.stop_reason) for c in (o.outputs[0] for o in self.outputs[case])]
 
+    def cut_like(self, other: "Answers", case: str) -> "Answers":
+        """The same without the tokens that the answers to a case have more than `other`'s: at most the rest of a step."""
+        cut = copy.deepcopy(self)
+        for mine, theirs in zip(cut.outputs[case], other.outputs[case], strict=True):
+            keep = len(theirs.outputs[0].token_ids)
+            assert 0 <= len(mine.outputs[0].token_ids) - keep < OURS["num_speculative_tokens"] + 1
+            mine.outputs[0].token_ids = list(mine.outputs[0].token_ids)[:keep]
+        return cut
+
 
 def ask(engine: Engine, sampling: dict[str, Any], prompts: list[Any] = PROMPTS, **more: Any) -> list[Any]:
     """The engine's greedy answers, unless `sampling` says otherwise."""
@@ -127,8 +138,11 @@ def both(engines: Engines) -> Both:
         pytest.param("all penalties", marks=feature("penalties together", "works")),
         pytest.param("bad words", marks=feature("`bad_words`", "works")),
         pytest.param("allowed", marks=feature("`allowed_token_ids`", "works")),
-        pytest.param("stop", marks=feature("`stop`", "works")),
-        pytest.param("stop included", marks=feature("`include_stop_str_in_output`", "works")),
+        pytest.param("stop", marks=feature("`stop`", "works", "before vLLM 0.32 `token_ids` may go on behind the text")),
+        pytest.param(
+            "stop included",
+            marks=feature("`include_stop_str_in_output`", "works", "before vLLM 0.32 `token_ids` may go on behind the text"),
+        ),
         pytest.param("stop ids", marks=feature("`stop_token_ids`", "works")),
         pytest.param("min tokens", marks=feature("`min_tokens`", "works")),
         pytest.param("one token", marks=feature("`max_tokens` = 1", "works")),
@@ -137,6 +151,9 @@ def both(engines: Engines) -> Both:
 )
 def test_greedy_answers_are_plains(both: Both, case: str) -> None:
     plain, ours = both
+    if "stop" in CASES[case] and Version(selection.vllm_version()) < Version("0.32"):
+        # Under any speculation these releases keep the tokens that a step gave behind a stop string; the text ends there.
+        ours = ours.cut_like(plain, case)
     assert ours.completions(case) == plain.completions(case)
     assert plain.completions(case) != plain.completions("nothing")  # the feature does something here
     if case != "one token":

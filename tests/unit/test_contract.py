@@ -1,15 +1,19 @@
 """What this package expects of vLLM: the list is complete, this vLLM meets it, and what a vLLM has changed is named."""
 
 import ast
+import json
 import logging
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_mtp
+from tests import compat as compat_matrix
 from vllm_mtp import compat, contract, selection
 from vllm_mtp.requirements import EitherOf, Requirement
 from vllm_mtp.vllm_source import Installed, Parameters, SourceTree
@@ -216,6 +220,21 @@ BASE = "v1/worker/gpu/spec_decode/speculator.py"
 def test_what_has_changed_is_named(changed: Changed, file: str, old: str, new: str, sentences: list[str]) -> None:
     found = contract.violations(changed(file, old, new), ALL)
     assert [sentence[: len(expected)] for sentence, expected in zip(found, sentences, strict=True)] == sentences
+
+
+def test_the_command_reads_a_wheel_and_names_what_it_lacks(source: SourceTree, tmp_path: Path) -> None:
+    files = [source.path(module) for module, tree in source.modules.items() if tree is not None]
+    for name, old, new, status in (("same", "", "", 0), ("renamed", "def _prepare_inputs(", "def _prepare(", 1)):
+        wheel, found = tmp_path / f"{name}.whl", tmp_path / f"{name}.json"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for file in files:
+                text = file.read_text()
+                archive.writestr(f"vllm/{file.relative_to(source.package)}", text.replace(old, new) if old else text)
+        result = CliRunner().invoke(compat_matrix.app, ["contract", str(wheel), "--work", str(tmp_path), "--json", str(found)])
+        assert result.exit_code == status, result.output
+        otherwise = {group: sentences for group, sentences in json.loads(found.read_text())[str(wheel)].items() if sentences}
+        missing = "v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs is missing"
+        assert otherwise == ({"V1 runner": [missing]} if status else {})
 
 
 def test_a_parameter_more_is_no_change_where_it_is_handed_through(changed: Changed) -> None:

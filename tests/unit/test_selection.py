@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm import envs
+from vllm import envs, triton_utils
+from vllm.config import VllmConfig
 
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.load import drafts_by_batch_size, fitting_layouts
@@ -36,6 +37,18 @@ def test_what_could_never_draft_again_is_refused_on_v2(monkeypatch: pytest.Monke
         check(options(layout=layout))
     check(options(layout="quadratic"))
     check(options(layout="auto"))
+
+
+def test_a_vllm_that_chooses_the_runner_by_model_must_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", True)
+    monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", None, raising=False)
+    assert runs_on_v2()
+    monkeypatch.setattr(VllmConfig, "_is_default_v2_model_runner_model", lambda self: True, raising=False)  # as vLLM 0.26 has it
+    with pytest.raises(ConfigurationError, match=r"set VLLM_USE_V2_MODEL_RUNNER to 1 \(or 0\)"):
+        runs_on_v2()
+    for chosen in (True, False):
+        monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", chosen, raising=False)
+        assert runs_on_v2() is chosen
 
 
 def test_the_scheduler_asks_for_fewer_drafts_as_the_batch_grows() -> None:

