@@ -33,7 +33,7 @@ def _grow_layers(tensor: Any, num_blocks: int, num_scratch: int) -> bool:
 
 
 def _grow_layer(tensor: Any, num_blocks: int, num_scratch: int) -> bool:
-    """An allocation for each layer, as in vLLM 0.26 and 0.27."""
+    """An allocation for each layer, as in vLLM 0.26 to 0.28."""
     if tensor.offset != 0 or tensor.block_stride != 0 or len(tensor.shared_by) != 1 or tensor.size % num_blocks:
         return False
     tensor.size += num_scratch * (tensor.size // num_blocks)

@@ -297,4 +297,6 @@ class Installed(SourceTree):
         found: Any = running
         for part in name.split("."):
             found = getattr(found, part, None)
-        return None if found is None else Parameters.of_function(found)
+        if found is None or inspect.isroutine(found) or inspect.isclass(found):
+            return None if found is None else Parameters.of_function(found)
+        return super().parameters(module, name)  # a Triton kernel does not say what it takes

@@ -3,9 +3,11 @@
 import ast
 import json
 import logging
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,6 +249,17 @@ def test_a_function_says_the_same_running_and_read() -> None:
     for name in ("EngineArgs.create_speculative_config", "EngineArgs.create_engine_config"):
         assert running.parameters("engine.arg_utils", name) == read.parameters("engine.arg_utils", name)
     assert Parameters.parse("a, b=1, *, c, d=2, **more") == Parameters(("a", "b"), ("c", "d"), frozenset("ac"), more_keywords=True)
+
+
+def test_a_kernel_is_read_where_it_does_not_say_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        def __call__(self, *args: object, **kwargs: object) -> None: ...
+
+    module, name = "v1.worker.gpu.spec_decode.rejection_sampler_utils", "_compute_global_logprobs_and_logsumexp"
+    monkeypatch.setitem(sys.modules, f"vllm.{module}", SimpleNamespace(**{name: Kernel()}))
+    taken = Installed().parameters(module, name)
+    assert taken is not None
+    assert "temp" in taken.positional
 
 
 HOOK = "EngineArgs.create_speculative_config"

@@ -14,7 +14,7 @@ BLOCKS, SCRATCH, PAGE = 10, 3, 64
 
 @dataclass
 class Layers:
-    """KVCacheTensor of vLLM 0.30 to 0.33."""
+    """KVCacheTensor of vLLM 0.29 to 0.33."""
 
     size: int
     layers: list[str]
@@ -25,7 +25,7 @@ class Layers:
 
 @dataclass
 class Layer:
-    """KVCacheTensor of vLLM 0.26 and 0.27."""
+    """KVCacheTensor of vLLM 0.26 to 0.28."""
 
     size: int
     shared_by: list[str]
