@@ -58,10 +58,17 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = Console()
 
 
-def sh(command: Sequence[str | Path], log: Path, **options: Any) -> int:
-    """Runs a command, its output appended to `log`; its exit status."""
+def sh(command: Sequence[object], log: Path, folder: Path | None = None) -> int:
+    """Runs a command in a folder, that of `log` by default, where no module of the checkout is found; its exit status.
+
+    What it prints is appended to `log`.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with log.open("a") as file:
-        return subprocess.run([str(part) for part in command], stdout=file, stderr=file, check=False, **options).returncode
+        run = subprocess.run(
+            list(map(str, command)), cwd=folder or log.parent, env=environment, stdout=file, stderr=file, check=False
+        )
+    return run.returncode
 
 
 def build_wheel(work: Path) -> Path:
@@ -123,10 +130,9 @@ def run_tests(python: Path, release: str, tests: Sequence[str], work: Path) -> d
             shutil.copy(ROOT / name, folder / name)
     log.unlink(missing_ok=True)
     path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PATH": path}
     began = time.monotonic()
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    status = sh(command, log, cwd=folder, env=environment)
+    command = ["env", f"PATH={path}", python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    status = sh(command, log, folder)
     text = log.read_text()
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text.splitlines()[-1])}
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE)

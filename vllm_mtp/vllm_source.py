@@ -297,6 +297,8 @@ class Installed(SourceTree):
         found: Any = running
         for part in name.split("."):
             found = getattr(found, part, None)
-        if found is None or inspect.isroutine(found) or inspect.isclass(found):
-            return None if found is None else Parameters.of_function(found)
+        if found is None:
+            return None
+        if inspect.isroutine(found) or inspect.isclass(found):
+            return Parameters.of_function(found)
         return super().parameters(module, name)  # a Triton kernel does not say what it takes

