@@ -71,6 +71,21 @@ def test_registration_imports_no_runner() -> None:
     assert imported == ""
 
 
+def test_vllm_is_held_against_the_contract_without_an_import() -> None:
+    imported = run(
+        """
+    import sys
+    from vllm_mtp import contract
+    from vllm_mtp.vllm_source import Installed
+    tree = Installed()
+    for on_v2 in (False, True):
+        assert contract.violations(tree, contract.needed(on_v2=on_v2, on_cpu=not on_v2, request_loras=True)) == []
+    print(*sorted(name for name in sys.modules if name.split('.')[0] in ('vllm', 'torch', 'triton')))
+    """
+    )
+    assert imported == ""
+
+
 def test_other_speculative_configurations_pass_through_unchanged() -> None:
     out = run(
         """
