@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from xml.etree import ElementTree
 
 import typer
 from rich.console import Console
@@ -128,14 +129,19 @@ def run_tests(python: Path, release: str, tests: Sequence[str], work: Path) -> d
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, folder / name)
-    log.unlink(missing_ok=True)
+    report = work / f"{release}.xml"
+    for old in (log, report):
+        old.unlink(missing_ok=True)
     path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
     began = time.monotonic()
-    command = ["env", f"PATH={path}", python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = ["env", f"PATH={path}", python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
     status = sh(command, log, folder)
-    text = log.read_text()
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text.splitlines()[-1])}
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE)
+    counts, failed = {"passed": 0, "failed": 0, "skipped": 0}, []
+    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}.get(case[0].tag if len(case) else "", "passed")
+        counts[outcome] += 1
+        if outcome == "failed":
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
     return {"status": status, "seconds": round(time.monotonic() - began), "failed": failed, "counts": counts, "tests": list(tests)}
 
 
@@ -146,7 +152,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         table.add_column(column)
     for release, result in results.items():
         met = "met" if not result["contract"] else "; ".join(result["contract"])
-        counts = ", ".join(f"{number} {word}" for word, number in result["counts"].items()) or "not run"
+        counts = ", ".join(f"{number} {word}" for word, number in result["counts"].items() if number) or "not run"
         verdict = "[green]green[/]" if result["status"] == 0 else f"[red]red[/]: {escape(', '.join(result['failed'][:3]))}"
         table.add_row(release, escape(met), f"{verdict} ({counts})", str(result["seconds"]), result["wheel"])
     console.print(table)

@@ -21,6 +21,9 @@ V1 runner, when selected, in workers:
 `v1.sample.rejection_sampler.expand_batch_to_tokens` (CPU)
     The CPU build's `expand_kernel` writes into an int64 copy of its output, so temperature, top-p and top-k reach the rejection
     sampler uninitialised, and sampled output under any speculation has the wrong distribution. Until that kernel writes its output.
+`v1.sample.rejection_sampler._rejection_greedy_sample.kernel`, `_rejection_random_sample`, `_sample_recovered_tokens` (CPU, 0.30)
+    The CPU build puts its kernels in the place of Triton's by names that 0.30 no longer calls, so any speculation ends with
+    "Cannot inspect kernel parameters". Its launchers of other kernels are given them as it is done here. Until 0.30 is dropped.
 
 V2 runner, when selected, in every process that holds the configuration:
 
@@ -35,6 +38,7 @@ All wrappers are idempotent and hand through whatever is not ours.
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -180,6 +184,7 @@ def hook_v1_runner() -> None:
     _hook_worker()
     if current_platform.is_cpu():
         _replace_expand_batch_to_tokens()
+        _give_cpu_kernels_to_launchers()
 
 
 def hook_v2_runner() -> None:
@@ -278,3 +283,15 @@ def _replace_expand_batch_to_tokens() -> None:
         return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts.long(), output_size=num_tokens)
 
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def _give_cpu_kernels_to_launchers() -> None:
+    from vllm.v1.sample import rejection_sampler
+
+    kernels = sys.modules.get("vllm.utils.cpu_triton_utils")  # the CPU runner has imported it, where there is one
+    for name in ("rejection_greedy_sample", "rejection_random_sample", "sample_recovered_tokens"):
+        launcher: Any = getattr(rejection_sampler, f"_{name}", None)
+        kernel = getattr(kernels, f"{name}_kernel", None)  # later releases register theirs, and have no such names
+        # A function is what `triton.jit` leaves of a kernel where there is no Triton.
+        if kernel is not None and inspect.isfunction(getattr(launcher, "kernel", None)):
+            launcher.kernel = kernel
