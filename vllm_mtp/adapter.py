@@ -72,11 +72,12 @@ class Adapter:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether `path` is a folder whose config.json has our model type. Never raises."""
+    """Whether `path` is a folder whose config.json has our model type, or has a file of ours beside one that cannot be read, which
+    reading the adapter says more about. Never raises."""
     try:
         return read_json_object(Path(path) / CONFIG_FILE).get("model_type") == "vllm_mtp"
     except (AdapterError, ValueError):  # a name with a null byte is a ValueError
-        return False
+        return os.path.lexists(Path(path) / MTP_FILE)
 
 
 def read_config(path: str | Path) -> AdapterConfig:
@@ -134,14 +135,15 @@ def _check_files(folder: Path, expected_shapes: dict[str, tuple[int, int]] | Non
     return config, specs
 
 
-def validate_folder(path: str | Path, base_dir: str | Path | None = None) -> AdapterConfig:
+def validate_folder(path: str | Path, base: Any = None) -> AdapterConfig:
     """Every check but the one for NaN, without loading an adapter tensor: quick enough for configuration time.
 
     Args:
         path: the adapter's folder.
-        base_dir: the base model's folder; checked against the adapter where it is a local one.
+        base: the base model, checked against the adapter: a transformers configuration, or a folder where it is a local one.
     """
-    base = Path(base_dir) if base_dir is not None and (Path(base_dir) / "config.json").is_file() else None
+    if isinstance(base, str | Path) and not (Path(base) / "config.json").is_file():
+        base = None
     if base is not None:
         check_base(read_config(path), base)
     return _check_files(Path(path), linear_shapes(base) if base is not None else None)[0]

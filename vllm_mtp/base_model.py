@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from vllm_mtp.config import BaseFacts
@@ -19,7 +20,7 @@ _FINGERPRINTED = re.compile(r"model\.norm\.weight|model\.layers\.\d+\.(input|pos
 def _config_dict(base: Any) -> dict[str, Any]:
     """The base's configuration as a flat dictionary; of a multi-modal model the text part, under the whole model's type."""
     if isinstance(base, str | Path):
-        config: dict[str, Any] = read_json_object(Path(base) / "config.json")
+        config: dict[str, Any] = read_json_object(Path(base) / "config.json", any_link=True)
     elif isinstance(base, Mapping):
         config = dict(base)
     else:
@@ -43,14 +44,21 @@ def base_facts(base: Any, name: str | None = None) -> BaseFacts:
     missing = [key for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size") if not config.get(key)]
     if missing:
         raise AdapterError(f"config.json of base model {base} has no {missing[0]}: only causal language models can be a base.")
-    return BaseFacts(
-        name_or_path=name or (str(base) if folder else str(config.get("_name_or_path") or "unknown")),
-        model_type=config["model_type"],
-        hidden_size=config["hidden_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        vocab_size=config["vocab_size"],
-        fingerprint=fingerprint_folder(folder) if folder else None,
-    )
+    try:
+        return BaseFacts(
+            name_or_path=name or (str(base) if folder else str(config.get("_name_or_path") or "unknown")),
+            model_type=config["model_type"],
+            hidden_size=config["hidden_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            vocab_size=config["vocab_size"],
+            fingerprint=fingerprint_folder(folder) if folder else None,
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise AdapterError(
+            f"config.json of base model {base}: {first['loc'][0]}: {first['msg']}, found {first['input']!r}: "
+            "download the base again."
+        ) from None
 
 
 def linear_shapes(base: Any) -> dict[str, tuple[int, int]] | None:
@@ -99,12 +107,16 @@ def fingerprint_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str | None
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: those its index names, else all."""
+    """The folder's safetensors files: those its index names, else all. AdapterError when the index names one elsewhere."""
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = [Path(name) for name in sorted(set(index["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return sorted(folder.glob("*.safetensors"))
+    for name in names:
+        if name.is_absolute() or ".." in name.parts:
+            raise AdapterError(f"{folder} has an index that names {name}, a file outside of the folder: download the base again.")
+    return [folder / name for name in names]
 
 
 def fingerprint_folder(folder: str | Path) -> str | None:

@@ -12,12 +12,12 @@ MAX_SIZE, MAX_LAYERS = 2**24, 1000  # far above any model; a stranger's number m
 
 
 class StrictModel(BaseModel):
-    """A frozen model in which a misspelt key is an error."""
+    """A frozen model in which a misspelt key is an error. With `strict=True` a value of another type is one too: 4 is no "4"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class BaseFacts(StrictModel):
+class BaseFacts(StrictModel, strict=True):
     """What an adapter must find in the base model that it is loaded beside."""
 
     name_or_path: str
@@ -29,14 +29,14 @@ class BaseFacts(StrictModel):
     """SHA-256 of the base's norm weights rounded to bfloat16 (`adapter.fingerprint`); tells two bases of one shape apart."""
 
 
-class SamplerConfig(StrictModel):
+class SamplerConfig(StrictModel, strict=True):
     """The sampler head (Your LLM Knows the Future, section 3.2): two blocks Linear -> SiLU -> LayerNorm over [E(y_prev); z]."""
 
     residual: bool = True
     """Add the mask state z to the head's output before the unembedding. The paper's head has no residual."""
 
 
-class AdapterConfig(StrictModel):
+class AdapterConfig(StrictModel, strict=True):
     """`config.json` of an adapter folder."""
 
     model_type: Literal["vllm_mtp"] = "vllm_mtp"
@@ -63,7 +63,7 @@ DraftSampleMethod = Literal["greedy", "probabilistic"]
 """vLLM's own name and values (config/speculative.py, SpeculativeConfig.draft_sample_method)."""
 
 
-class ServingDefaults(StrictModel):
+class ServingDefaults(StrictModel, strict=True):
     """Serving options that an adapter may set for its users; an operator's own options win."""
 
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)] | None = None
@@ -72,7 +72,7 @@ class ServingDefaults(StrictModel):
     draft_sample_method: DraftSampleMethod | None = None
 
 
-class ServingOptions(StrictModel):
+class ServingOptions(StrictModel, strict=True):
     """What `--speculative-config` (and `--additional-config '{"mtp": {..}}'`) may say beside vLLM's own keys."""
 
     adapter: str

@@ -79,8 +79,20 @@ def _pattern(path: Path, key: str, value: object) -> dict[str, object]:
     return pattern
 
 
-def _entry(pattern: dict[str, object], module: str, default: object) -> object:
-    return next((value for name, value in pattern.items() if module == name or module.endswith(f".{name}")), default)
+def _names(module: str) -> list[str]:
+    """What a module can be called: its path, and the path's ends that begin after a dot."""
+    parts = module.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _entries(pattern: dict[str, object], modules: list[str], default: object) -> dict[str, object]:
+    """Module -> the value of the first name in `pattern` that fits it. Looked up, not searched: strangers write long patterns."""
+    place = {name: i for i, name in enumerate(pattern)}
+    entries = {}
+    for module in modules:
+        fitting = [name for name in _names(module) if name in place]
+        entries[module] = pattern[min(fitting, key=place.__getitem__)] if fitting else default
+    return entries
 
 
 def read_lora_specs(folder: Path, num_layers: int) -> dict[str, LoRASpec]:
@@ -114,21 +126,24 @@ def read_lora_specs(folder: Path, num_layers: int) -> dict[str, LoRASpec]:
             f"{path}: target_modules is {targets!r}, expected a list of module names: write regular expressions out."
         )
     modules = [f"model.layers.{i}.{parent}.{name}" for i in range(num_layers) for name, parent in TARGETS.items()]
+    known, wanted = {name for module in modules for name in _names(module)}, set(targets)
     for target in targets:
-        if not any(module == target or module.endswith(f".{target}") for module in modules):
+        if target not in known:
             raise AdapterError(
                 f"{path}: target_modules names {target!r}, expected modules among {', '.join(TARGETS)} of {num_layers} layers:"
                 " train the adapter on those only."
             )
-    ranks = _pattern(path, "rank_pattern", config.get("rank_pattern"))
-    alphas = _pattern(path, "alpha_pattern", config.get("alpha_pattern"))
+    rank_stabilized = config.get("use_rslora")
+    if not isinstance(rank_stabilized, bool | None):
+        raise AdapterError(f"{path}: use_rslora is {rank_stabilized!r}, expected true or false: write the adapter again.")
+    modules = [module for module in modules if not wanted.isdisjoint(_names(module))]
+    ranks = _entries(_pattern(path, "rank_pattern", config.get("rank_pattern")), modules, config.get("r"))
+    alphas = _entries(_pattern(path, "alpha_pattern", config.get("alpha_pattern")), modules, config.get("lora_alpha"))
     specs = {}
     for module in modules:
-        if not any(module == target or module.endswith(f".{target}") for target in targets):
-            continue
-        rank = _number(path, "the rank", _entry(ranks, module, config.get("r")), whole=True)
-        alpha = _number(path, "lora_alpha", _entry(alphas, module, config.get("lora_alpha")), whole=False)
-        specs[module] = LoRASpec(int(rank), alpha / (rank**0.5 if config.get("use_rslora") else rank))
+        rank = _number(path, "the rank", ranks[module], whole=True)
+        alpha = _number(path, "lora_alpha", alphas[module], whole=False)
+        specs[module] = LoRASpec(int(rank), alpha / (rank**0.5 if rank_stabilized else rank))
     return specs
 
 

@@ -1,16 +1,22 @@
 """Files from strangers, checked before they are loaded: JSON objects, safetensors headers and the folder around them."""
 
-import json
 import math
-from collections.abc import Iterable
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 
 MAX_JSON_BYTES = 4 << 20
-MAX_HEADER_BYTES = 16 << 20  # about 100,000 tensors; an adapter of an 80-layer model has 1,120
+MAX_HEADER_BYTES = 4 << 20  # about 25,000 tensors; an adapter of an 80-layer model has 1,120
+MAX_DIMENSIONS = 8
+MAX_BYTES = 2**48  # of a file, and so of any size and place in it; products of such numbers stay small
 MAX_MESSAGE = 1000
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -26,8 +32,14 @@ class AdapterError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
-        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ...")
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """The message as one line of at most MAX_MESSAGE printable characters: a terminal obeys some of the others."""
+    message = message[: 4 * MAX_MESSAGE]  # enough to fill the line, whatever of it is blank
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
 
 
 @dataclass(frozen=True)
@@ -38,18 +50,67 @@ class TensorHeader:
     shape: tuple[int, ...]
 
 
-def read_json_object(path: Path) -> dict[str, object]:
-    """The JSON object in `path`; AdapterError when it is missing, oversized or not an object."""
+def _check_link(path: Path) -> None:
+    """Refuse a link that leads out of the folder that `path` stands in.
+
+    The hub's download cache is the one exception: its snapshots are links into the `blobs` folder beside them.
+    """
+    if not path.is_symlink():
+        return
+    root = path.parent.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise AdapterError(f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read: it is no configuration file.")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        target = path.resolve()
+    except (OSError, RuntimeError):  # a circle is a RuntimeError before Python 3.13
+        raise AdapterError(f"{path} is a link that leads nowhere: put the file itself there.") from None
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise AdapterError(f"{path} is a link that leads out of the adapter's folder: put the file itself there.")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a named pipe too at once, so that it can be refused."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+@contextmanager
+def _opened(path: Path, remedy: str, *, any_link: bool = False) -> Iterator[tuple[BinaryIO, int]]:
+    """The regular file `path` and its size; AdapterError on anything else, which could block or never end."""
+    try:
+        if not any_link:
+            _check_link(path)
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterError(f"{path} is no regular file: {remedy}.")
+            yield file, status.st_size
     except FileNotFoundError:
-        raise AdapterError(f"{path} is missing: an adapter folder must have it; download or write the adapter again.") from None
+        raise AdapterError(f"{path} is missing: an adapter folder must have it; {remedy}.") from None
     except OSError as error:
         raise AdapterError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+
+
+def read_json_object(path: Path, *, any_link: bool = False) -> dict[str, object]:
+    """The JSON object in `path`.
+
+    Strict about what other parsers see otherwise or not at all: no NaN, no lone surrogates, at most 200 levels. Of two members of
+    one name the last one counts.
+
+    Args:
+        path: the file.
+        any_link: follow links out of the file's folder; for folders of the operator's own.
+
+    Raises:
+        AdapterError: it is missing, oversized, no regular file, or no JSON object.
+    """
+    with _opened(path, "download or write the adapter again", any_link=any_link) as (file, size):
+        if size > MAX_JSON_BYTES:
+            raise AdapterError(f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read: it is no configuration file.")
+        text = file.read(MAX_JSON_BYTES)
+    try:
+        value = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
         raise AdapterError(f"{path} is not valid JSON ({error}): download or write the adapter again.") from None
     if not isinstance(value, dict):
         raise AdapterError(f"{path} holds a JSON {type(value).__name__}, expected an object: write the adapter again.")
@@ -57,48 +118,38 @@ def read_json_object(path: Path) -> dict[str, object]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse pickle files and links that lead out of `folder`.
-
-    The hub's download cache is the one exception to the second rule: its snapshots are links into the `blobs` folder beside them.
-    """
-    if not folder.is_dir():
-        raise AdapterError(f"{folder} is not a folder: name the adapter's folder.")
-    root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    for path in sorted(folder.iterdir()):
+    """Refuse pickle files and links that lead out of `folder`, whether or not they would be read."""
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise AdapterError(f"{folder} is not a folder that can be read ({error.strerror}): name the adapter's folder.") from None
+    for path in paths:
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise AdapterError(
                 f"{path} may be a pickle file, which can run code when it is loaded: convert weights to safetensors"
                 " (load them with peft where they are trusted, then save_pretrained) and delete it."
             )
-        if path.is_symlink() and not any(path.resolve().is_relative_to(parent) for parent in allowed):
-            raise AdapterError(f"{path} is a link that leads out of the adapter's folder: put the file itself there.")
+        _check_link(path)
 
 
 def _field(value: object, what: str, path: Path, name: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= MAX_BYTES for n in value):
         raise AdapterError(f"{path}: {what} of tensor {name} is {value!r}, expected a list of whole numbers: the file is damaged.")
     return tuple(value)
 
 
 def _raw_header(path: Path, remedy: str) -> tuple[dict[str, object], int, int]:
     """The header of a safetensors file, the number of bytes up to its end, and the size of the file."""
+    with _opened(path, remedy) as (file, size):
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise AdapterError(f"{path} is truncated: its header should have {length} bytes, the file has {size}; {remedy}.")
+        if length > MAX_HEADER_BYTES:
+            raise AdapterError(f"{path} has a header of {length} bytes, at most {MAX_HEADER_BYTES} are read; {remedy}.")
+        text = file.read(length)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise AdapterError(f"{path} is truncated: its header should have {length} bytes, the file has {size}; {remedy}.")
-            if length > MAX_HEADER_BYTES:
-                raise AdapterError(f"{path} has a header of {length} bytes, at most {MAX_HEADER_BYTES} are read; {remedy}.")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing: an adapter folder must have it; {remedy}.") from None
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
         raise AdapterError(f"{path} has a damaged header ({error}); {remedy}.") from None
     if not isinstance(header, dict):
         raise AdapterError(f"{path} has a damaged header (a JSON {type(header).__name__}); {remedy}.")
@@ -120,7 +171,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         if not isinstance(entry, dict):
             raise AdapterError(f"{path}: the header's entry for tensor {name} is {entry!r}, expected an object; {remedy}.")
         dtype, shape = entry.get("dtype"), _field(entry.get("shape"), "the shape", path, name)
-        if dtype not in FLOAT_BYTES:
+        if not isinstance(dtype, str) or dtype not in FLOAT_BYTES:
             raise AdapterError(f"{path}: tensor {name} has dtype {dtype}, expected one of {', '.join(FLOAT_BYTES)}: convert it.")
         offsets = _field(entry.get("data_offsets"), "the place", path, name)
         if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * FLOAT_BYTES[dtype]:
@@ -162,7 +213,7 @@ def load_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             for name in names:
                 tensors[name] = file.get_tensor(name)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} cannot be loaded ({error}): download or write the adapter again.") from None
     for name, tensor in tensors.items():
         finite = torch.isfinite(tensor)

@@ -54,6 +54,23 @@ def test_fingerprint_depends_on_the_norms_alone_and_not_on_precision_or_sharding
     assert fingerprint_folder(base_folder.parent) is None
 
 
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/elsewhere.safetensors", "parts/../../elsewhere.safetensors"])
+def test_a_base_whose_index_names_a_file_elsewhere_is_refused(name: str, base_folder: Path) -> None:
+    (base_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(AdapterError, match=r"elsewhere\.safetensors, a file outside of the folder"):
+        fingerprint_folder(base_folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", "16"), ("vocab_size", -1), ("model_type", 5), ("num_hidden_layers", 10**9)]
+)
+def test_a_base_with_impossible_facts_is_refused(key: str, value: object, base_folder: Path) -> None:
+    config = json.loads((base_folder / "config.json").read_text())
+    (base_folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(AdapterError, match=rf"{key}: .* found {value!r}"):
+        base_facts(base_folder)
+
+
 def test_what_is_written_is_read_again(adapter_folder: Path, base_folder: Path, tmp_path: Path) -> None:
     first = read_adapter(adapter_folder, linear_shapes(base_folder))
     write_adapter(tmp_path / "deep" / "copy", first.config, first.lora, first.mask_embeddings, first.sampler)

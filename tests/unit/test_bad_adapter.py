@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from vllm_mtp.adapter import (
     AdapterError,
+    is_adapter,
     linear_shapes,
     read_adapter,
+    read_config,
     validate_folder,
 )
+from vllm_mtp.peft_format import read_lora_specs
 
 LORA, MTP = "adapter_model.safetensors", "mtp.safetensors"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -70,6 +74,34 @@ def link_out(folder: Path) -> None:
     outside = folder.parent / "outside.safetensors"
     shutil.move(folder / MTP, outside)
     (folder / MTP).symlink_to(outside)
+
+
+def raw_value(file: str, key: str, text: str) -> Callable[[Path], None]:
+    """Puts `text`, as it stands, where a key's value is."""
+
+    def mutate(folder: Path) -> None:
+        edit_json(file, **{key: "HERE"})(folder)
+        (folder / file).write_text((folder / file).read_text().replace('"HERE"', text))
+
+    return mutate
+
+
+def replaced(file: str, replace: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Puts something else in the place of a file."""
+
+    def mutate(folder: Path) -> None:
+        (folder / file).unlink()
+        replace(folder / file)
+
+    return mutate
+
+
+def repeated(**entries: object) -> Callable[[Path], None]:
+    return header_entry(lambda header: header["mask_embeddings"].update(entries))
+
+
+def ends_with_odd_letters(header: dict) -> None:
+    header["a\x1b[2Jb\u202ec"] = header.pop("mask_embeddings")
 
 
 BAD = {
@@ -132,6 +164,35 @@ BAD = {
     "target outside": (edit_json("adapter_config.json", target_modules=["q_proj", "lm_head"]), "target_modules names 'lm_head'"),
     "target by expression": (edit_json("adapter_config.json", target_modules=".*q_proj"), "expected a list of module names"),
     "rank by expression": (edit_json("adapter_config.json", rank_pattern={"(a+)+$": 2}), "rank_pattern is"),
+    "a number of too many digits": (raw_value("config.json", "num_mask_tokens", "9" * 5000), "config.json is not valid JSON"),
+    "a shape of too many digits": (
+        header_entry(lambda h: h.update(mask_embeddings={"dtype": "F32", "shape": [10**4000], "data_offsets": [0, 4]})),
+        "the shape of tensor mask_embeddings",
+    ),
+    "a shape whose product has no end": (
+        header_entry(lambda h: h.update(mask_embeddings={"dtype": "F32", "shape": [10**4000] * 900, "data_offsets": [0, 4]})),
+        "the shape of tensor mask_embeddings",
+    ),
+    "dtype is an object": (repeated(dtype={"F32": 1}), "mask_embeddings has dtype {'F32': 1}"),
+    "not a number": (raw_value("config.json", "training", "NaN"), "config.json is not valid JSON"),
+    "half a character": (raw_value("config.json", "training", '"\\ud800"'), "config.json is not valid JSON"),
+    "nested as deeply as Python can": (
+        raw_value("config.json", "training", "[" * 985 + "]" * 985),
+        "config.json is not valid JSON",
+    ),
+    "k in quotes": (edit_json("config.json", num_mask_tokens="4"), "num_mask_tokens: Input should be a valid integer"),
+    "k is true": (edit_json("config.json", num_mask_tokens=True), "num_mask_tokens: Input should be a valid integer"),
+    "rsLoRA in words": (edit_json("adapter_config.json", use_rslora="no"), "use_rslora is 'no', expected true or false"),
+    "a name that a terminal obeys": (header_entry(ends_with_odd_letters), "mask_embeddings is missing"),
+    "a pipe": (replaced(MTP, os.mkfifo), f"{MTP} is no regular file"),
+    "a pipe for a configuration": (replaced("adapter_config.json", os.mkfifo), "adapter_config.json is no regular file"),
+    "a folder": (replaced(MTP, os.mkdir), f"{MTP} cannot be read (Is a directory)"),
+    "a device without end": (
+        replaced("config.json", lambda path: path.symlink_to("/dev/zero")),
+        "config.json is a link that leads out",
+    ),
+    "a link to itself": (replaced(LORA, lambda path: path.symlink_to(path.name)), f"{LORA} is a link that leads nowhere"),
+    "a further link to itself": (lambda f: (f / "notes").symlink_to("notes"), "notes is a link that leads nowhere"),
     "rank is text": (edit_json("adapter_config.json", r="8"), "the rank is '8', expected a whole number"),
     "no LoRA": (edit_json("adapter_config.json", peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
 }
@@ -146,6 +207,47 @@ def test_a_bad_folder_is_refused_on_its_headers_with_the_reason(case: str, adapt
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(AdapterError, match=re.escape(message)):
         read_adapter(adapter_folder)
+
+
+def test_a_configuration_behind_a_link_is_not_read(adapter_folder: Path, base_folder: Path) -> None:
+    (adapter_folder / "config.json").rename(base_folder / "sound.json")
+    (adapter_folder / "config.json").symlink_to(base_folder / "sound.json")
+    with pytest.raises(AdapterError, match=r"config\.json is a link that leads out"):
+        read_config(adapter_folder)
+    assert is_adapter(adapter_folder)  # so that the reason is given, and not vLLM's about a model that it does not know
+
+
+@pytest.mark.parametrize("option", ["target_modules", "rank_pattern", "alpha_pattern"])
+def test_long_lists_are_looked_up_and_not_compared_with_every_module(option: str, adapter_folder: Path) -> None:
+    names = [f"{i}.down_proj" for i in range(90_000)]
+    value = ["999.mlp.down_proj"] * 90_000 if option == "target_modules" else dict.fromkeys(names, 1)
+    edit_json("adapter_config.json", **{option: value})(adapter_folder)
+    begin = time.monotonic()
+    specs = read_lora_specs(adapter_folder, 1000)
+    assert len(specs) == (1 if option == "target_modules" else 7000)
+    assert time.monotonic() - begin < 2  # seconds; hundreds, if each name is held against each module
+
+
+def test_the_first_name_of_a_pattern_that_fits_counts(adapter_folder: Path) -> None:
+    pattern = {"q_proj": 4, "model.layers.1.self_attn.q_proj": 8, "mlp.up_proj": 2, "up_proj": 16}
+    edit_json("adapter_config.json", alpha_pattern=pattern, lora_alpha=1, r=2)(adapter_folder)
+    specs = read_lora_specs(adapter_folder, 3)
+    scales = {module.rsplit(".", 2)[-1]: spec.scale for module, spec in specs.items()}
+    assert scales == {"q_proj": 2, "k_proj": 0.5, "v_proj": 0.5, "o_proj": 0.5, "gate_proj": 0.5, "up_proj": 1, "down_proj": 0.5}
+
+
+def test_a_message_is_one_printable_line(adapter_folder: Path) -> None:
+    header_entry(lambda h: h.update({"a\x1b[2Jb\u202ec\nd": 5}))(adapter_folder)
+    with pytest.raises(AdapterError, match=re.escape(r"tensor a\x1b[2Jb\u202ec d is 5")):
+        validate_folder(adapter_folder)
+
+
+def test_refused_files_are_closed(adapter_folder: Path) -> None:
+    replaced(MTP, os.mkdir)(adapter_folder)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(AdapterError):
+        validate_folder(adapter_folder)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
