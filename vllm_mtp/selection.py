@@ -13,6 +13,7 @@ from vllm_mtp import load
 from vllm_mtp.adapter import AdapterError, is_adapter, read_adapter, validate_folder
 from vllm_mtp.config import AdapterConfig, ServingOptions
 from vllm_mtp.layout import group_lengths
+from vllm_mtp.safe_files import one_line
 
 PROPOSER = "vllm_mtp.runner.v1.MaskTokenProposer"
 USUAL_REQUESTS, USUAL_ROWS = 1024, 8192
@@ -21,7 +22,10 @@ OPTIONS = tuple(name for name in ServingOptions.model_fields if name not in ("ad
 
 
 class ConfigurationError(ValueError):
-    """The server cannot be started as it was asked to; the message says why and what to do."""
+    """The server cannot be started as it was asked to; the message says why and what to do, in one line of bounded length."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def vllm_version() -> str:
@@ -35,22 +39,28 @@ def vllm_version() -> str:
 
 
 def asked_for(engine_args: Any) -> dict[str, Any] | None:
-    """The speculative configuration if it names an adapter of ours under method `mtp` or no method at all, else None."""
-    asked = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
-    for key, value in (
-        ("method", engine_args.spec_method),
-        ("model", engine_args.spec_model),
-        ("num_speculative_tokens", engine_args.spec_tokens),
-    ):
-        if value is not None:
-            asked.setdefault(key, value)
-    if asked.get("method") not in ("mtp", None) or not isinstance(asked.get("model"), str):
+    """The speculative configuration if it names an adapter of ours under method `mtp` or no method at all, else None.
+
+    Raises:
+        ConfigurationError: it is for us, and says something twice.
+    """
+    written = engine_args.speculative_config or {}
+    if not isinstance(written, dict) or not all(isinstance(key, str) for key in written):
+        return None  # vLLM's to refuse
+    flags = {"method": engine_args.spec_method, "model": engine_args.spec_model, "num_speculative_tokens": engine_args.spec_tokens}
+    given = {key: value for key, value in flags.items() if value is not None}
+    names = [*(key.replace("-", "_") for key in written), *given]
+    asked = {**{key.replace("-", "_"): value for key, value in written.items()}, **given}
+    if asked.get("method") not in ("mtp", None) or not isinstance(asked.get("model"), str) or not is_adapter(asked["model"]):
         return None
-    return asked if is_adapter(asked["model"]) else None
+    if len(names) > len(asked):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigurationError(f"{twice} is given twice: leave one out of --speculative-config and its flags")
+    return asked
 
 
 def resolve(
-    asked: dict[str, Any], additional: dict[str, Any], model_config: Any, parallel_config: Any, *, request_loras: bool = False
+    asked: dict[str, Any], additional: Any, model_config: Any, parallel_config: Any, *, request_loras: bool = False
 ) -> ServingOptions:
     """Checked options: the operator's own, then `--additional-config`'s, then the adapter's defaults.
 
@@ -63,24 +73,30 @@ def resolve(
         ConfigurationError, AdapterError: the adapter or an option cannot be used here.
     """
     adapter = Path(asked["model"])
-    config = validate_folder(adapter, model_config.model)
+    local = (Path(model_config.model) / "config.json").is_file()
+    config = validate_folder(adapter, model_config.model if local else model_config.hf_text_config)
     options = {
         key: value
         for key, value in asked.items()
         if key not in ("method", "model", "target_model_config", "target_parallel_config")
     }
     defaults = config.serving.model_dump(exclude_none=True) if config.serving else {}
-    more = dict(additional.get("mtp") or {})
+    if not isinstance(additional, dict):
+        raise ConfigurationError(f"--additional-config is {additional!r}: give an object, which our options can be put into")
+    more = additional.get("mtp", {})
+    if not isinstance(more, dict) or not all(isinstance(key, str) for key in more):
+        raise ConfigurationError(f"mtp in --additional-config is {more!r}: give an object with names of options")
+    more = dict(more)
     if more.pop("adapter", str(adapter)) != str(adapter):
         raise ConfigurationError("--additional-config names another adapter than --speculative-config: leave `mtp.adapter` out")
-    merged = {"num_speculative_tokens": config.num_mask_tokens, **defaults, **more, **options, "adapter": str(adapter)}
-    unknown = sorted(set(merged) - set(ServingOptions.model_fields))
+    merged = {"num_speculative_tokens": config.num_mask_tokens, **defaults, **more, **options}
+    unknown = sorted(set(merged) - {"num_speculative_tokens", *OPTIONS})
     if unknown:
         raise ConfigurationError(
             f"unknown speculative option {unknown[0]!r}: a mask-token adapter takes num_speculative_tokens, {', '.join(OPTIONS)}"
         )
     try:
-        resolved = ServingOptions.model_validate(merged)
+        resolved = ServingOptions.model_validate({**merged, "adapter": str(adapter)})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = (

@@ -1,8 +1,11 @@
 """What an operator's options become for vLLM's two runners, without an engine."""
 
+import json
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,8 @@ from vllm.config import VllmConfig
 
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.load import drafts_by_batch_size, fitting_layouts
-from vllm_mtp.selection import ConfigurationError, _check_servable, runs_on_v2, scheduled_rows
+from vllm_mtp.safe_files import AdapterError
+from vllm_mtp.selection import ConfigurationError, _check_servable, asked_for, resolve, runs_on_v2, scheduled_rows
 from vllm_mtp.v2_config import MaskTokenSpeculativeConfig
 
 
@@ -74,6 +78,65 @@ def test_room_for_mask_rows_is_set_aside(
         max_num_batched_tokens=rows, max_num_seqs=sequences, max_num_scheduled_tokens=given, enable_chunked_prefill=chunked
     )
     assert scheduled_rows(options(), arguments) == expected
+
+
+def engine_arguments(written: Any, **flags: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"speculative_config": written, "spec_method": None, "spec_model": None, "spec_tokens": None, **flags})
+
+
+def test_what_is_said_twice_is_refused_and_not_chosen_from(adapter_folder: Path) -> None:
+    written = {"method": "mtp", "model": str(adapter_folder), "num_speculative_tokens": 3}
+    assert asked_for(engine_arguments(written)) == written
+    assert asked_for(engine_arguments({"method": "mtp"}, spec_model=str(adapter_folder), spec_tokens=3)) == written
+    with pytest.raises(ConfigurationError, match="num_speculative_tokens is given twice"):
+        asked_for(engine_arguments(written, spec_tokens=2))
+    with pytest.raises(ConfigurationError, match="num_speculative_tokens is given twice"):
+        asked_for(engine_arguments({**written, "num-speculative-tokens": 2}))
+
+
+@pytest.mark.parametrize("written", [[1], "mtp", 5, {1: 2}, {"model": "no/such"}, {"model": 5}, {}, None])
+def test_what_is_not_for_us_is_left_to_vllm(written: Any) -> None:
+    assert asked_for(engine_arguments(written)) is None
+
+
+def resolved(adapter: Path, base: Path, asked: dict[str, Any], additional: Any = None) -> ServingOptions:
+    text = SimpleNamespace(to_dict=lambda: json.loads((base / "config.json").read_text()))
+    model = SimpleNamespace(model="org/base", hf_text_config=text, is_moe=False, is_multimodal_model=False)
+    return resolve({"model": str(adapter), **asked}, additional or {}, model, SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("asked", "additional", "message"),
+    [
+        ({"adapter": "another"}, None, "unknown speculative option 'adapter'"),
+        ({"num_speculative_tokens": "4"}, None, "num_speculative_tokens: Input should be a valid integer"),
+        ({"num_speculative_tokens": True}, None, "num_speculative_tokens: Input should be a valid integer"),
+        ({"candidates": 4.0}, None, "candidates: Input should be a valid integer"),
+        ({"layout": [True] * 5}, None, "layout"),
+        ({"layout": [4] * 100_000}, None, "layout has 100000 group lengths"),
+        ({}, [1], "--additional-config is [1]"),
+        ({}, {"mtp": 5}, "mtp in --additional-config is 5"),
+        ({}, {"mtp": "auto"}, "mtp in --additional-config is 'auto'"),
+        ({}, {"mtp": [["layout", "linear"]]}, "mtp in --additional-config is [['layout', 'linear']]"),
+        ({}, {"mtp": False}, "mtp in --additional-config is False"),
+        ({}, {"mtp": {"adapter": "another"}}, "another adapter"),
+    ],
+)
+def test_options_of_another_type_or_place_are_refused_in_one_line(
+    asked: dict[str, Any], additional: Any, message: str, adapter_folder: Path, base_folder: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(message)) as error:
+        resolved(adapter_folder, base_folder, asked, additional)
+    assert len(str(error.value)) < 1100
+    assert str(error.value).isprintable()
+
+
+def test_a_base_that_is_no_folder_is_checked_by_its_configuration(adapter_folder: Path, base_folder: Path) -> None:
+    assert resolved(adapter_folder, base_folder, {}).num_speculative_tokens == 4
+    config = json.loads((base_folder / "config.json").read_text())
+    (base_folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 25}))
+    with pytest.raises(AdapterError, match=r"layers\.0\.mlp\..* has shape .*24.*, expected .*25"):
+        resolved(adapter_folder, base_folder, {})
 
 
 def test_the_configuration_brings_the_hooks_into_the_process_that_it_is_sent_to() -> None:
