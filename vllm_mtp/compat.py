@@ -6,6 +6,10 @@ All of them are there in vLLM 0.26 to 0.33; what exactly is expected of each say
     `method` is a closed list and `SpeculativeConfig` refuses unknown keys, so an adapter of ours is turned into `custom_class`
     before it is built. Until vLLM has a registry of speculative methods.
 
+`sampling_params.SamplingParams._validate_spec_decode` (V1 runner, when selected, where requests come in)
+    Refuses `logprob_token_ids`, as vLLM refuses `min_p`. The rejection sampler takes what its sampler gives for the bonus token as
+    logits of the whole vocabulary; such a request beside one with `logprobs` ends the engine. Until it knows the parameter.
+
 Both runners, when selected, in workers:
 
 `v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache`, `v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache`
@@ -168,10 +172,33 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
         finally:
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
         if not on_v2:
+            _refuse_logprob_token_ids()
             return config
         return selection.for_v2_runner(config, options, self.max_num_seqs, self.max_num_batched_tokens)
 
     return create_speculative_config
+
+
+def _refuse_logprob_token_ids() -> None:
+    from vllm.sampling_params import SamplingParams
+
+    _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+
+
+def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        from vllm.exceptions import VLLMValidationError
+
+        from vllm_mtp import selection
+
+        original(self, speculative_config)
+        if self.logprob_token_ids is not None and getattr(speculative_config, "model", None) == selection.PROPOSER:
+            raise VLLMValidationError(
+                "The logprob_token_ids sampling parameter is not supported with mask-token prediction on vLLM's V1 model runner.",
+                parameter="logprob_token_ids",
+            )
+
+    return validate_spec_decode
 
 
 def hook_v1_runner() -> None:

@@ -226,6 +226,18 @@ def test_what_vllm_refuses_under_speculation(engines: Engines, sampling: dict[st
     assert tokens(ask(engine, {"max_tokens": 4}))  # and goes on serving
 
 
+@feature(
+    "`logprob_token_ids`",
+    "refused",
+    "V1 model runner: vLLM's verification of drafts does not know it, and beside a request with `logprobs` it would end the engine",
+)
+def test_logprob_token_ids_are_refused(engines: Engines) -> None:
+    engine = engines(OURS)
+    with pytest.raises(VLLMValidationError, match=r"logprob_token_ids .* not supported with mask-token prediction"):
+        ask(engine, {"max_tokens": 8, "logprobs": 1, "logprob_token_ids": [5, 6]})
+    assert tokens(ask(engine, {"max_tokens": 8, "logprobs": 1}))  # and goes on serving
+
+
 @feature("sleep mode", "works", "vLLM ignores it on CPUs; not tried on GPUs")
 def test_sleep_and_wake_up(engines: Engines, both: Both) -> None:
     engine = engines(OURS)
