@@ -56,4 +56,35 @@ def inspect(
     raise typer.Exit(run(adapter, base))
 
 
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Base model; the demo's own when left out.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder; the demo's own when left out.")] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option("--num-speculative-tokens", "-k", min=1, help="Drafts; the adapter's when left out.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="quadratic, linear, auto, or k + 1 group lengths as in 4,4,2,0,0.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file; - is standard output.")] = None,
+    decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Compare ten decoded tokens with plain vLLM's.")] = True,
+) -> None:
+    """Check that this machine can serve a base with an adapter. Exit status: 0, 1 when a check failed, 2 for wrong usage."""
+    from vllm_mtp import demo as files
+    from vllm_mtp.cli.doctor import DoctorOptions, run
+
+    if (model is None) != (adapter is None):
+        raise typer.BadParameter("give both a base model and --adapter, or neither for the demo's")
+    raise typer.Exit(
+        run(
+            DoctorOptions(
+                model=model or str(files.BASE),
+                adapter=adapter or str(files.ADAPTER),
+                num_speculative_tokens=num_speculative_tokens,
+                layout=layout,
+                json_file=json_file,
+                decode=decode,
+            )
+        )
+    )
+
+
 app.command(epilog=train.EPILOG)(train.train)
