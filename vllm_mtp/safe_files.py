@@ -35,10 +35,15 @@ class AdapterError(ValueError):
         super().__init__(one_line(message))
 
 
+def printable(text: str) -> str:
+    """The text with characters that do not print written out: a terminal obeys some of them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def one_line(message: str) -> str:
-    """The message as one line of at most MAX_MESSAGE printable characters: a terminal obeys some of the others."""
+    """The message as one printable line of at most MAX_MESSAGE characters."""
     message = message[: 4 * MAX_MESSAGE]  # enough to fill the line, whatever of it is blank
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    line = printable(" ".join(message.split()))
     return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
 
 

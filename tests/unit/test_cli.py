@@ -39,6 +39,17 @@ def test_inspect_says_what_an_adapter_is(adapter_folder: Path, base_folder: Path
         assert words in result.output
 
 
+def test_inspect_shows_what_a_terminal_would_obey(adapter_folder: Path) -> None:
+    config = json.loads((adapter_folder / "config.json").read_text())
+    training = {"command": "a\x1b[2Jb\nc", "\u202estep": 1}
+    (adapter_folder / "config.json").write_text(json.dumps({**config, "training": training}))
+    result = runner.invoke(app, ["inspect", str(adapter_folder)])
+    assert result.exit_code == 0, result.output
+    assert r"a\x1b[2Jb" in result.output
+    assert r"training: \u202estep" in result.output
+    assert not {"\x1b", "\u202e"} & set(result.output)
+
+
 def test_inspect_ends_with_the_reason(adapter_folder: Path, base_folder: Path) -> None:
     result = runner.invoke(app, ["inspect", str(base_folder)])
     assert result.exit_code == 1

@@ -222,8 +222,9 @@ class Doctor:
             read_adapter(folder, linear_shapes(self.options.model) if local else None)
         except AdapterError as error:
             raise Failed(str(error)) from None
-        found = f"{config.num_mask_tokens} mask tokens for {config.base.name_or_path}"
-        figures = {"num_mask_tokens": config.num_mask_tokens, "base": config.base.name_or_path}
+        base = one_line(config.base.name_or_path)
+        found = f"{config.num_mask_tokens} mask tokens for {base}"
+        figures = {"num_mask_tokens": config.num_mask_tokens, "base": base}
         if not local:
             return Check(
                 "adapter", "ok", f"{found}; {self.options.model} is no folder here: compared below, by its config", figures=figures

@@ -12,7 +12,7 @@ from vllm_mtp.adapter import MTP_FILE, SAMPLER_PREFIX, AdapterError, validate_fo
 from vllm_mtp.cli.show import print_error
 from vllm_mtp.config import AdapterConfig
 from vllm_mtp.peft_format import WEIGHTS_FILE, LoRASpec, read_lora_specs
-from vllm_mtp.safe_files import read_header
+from vllm_mtp.safe_files import printable, read_header
 
 
 def _parts(folder: Path) -> dict[str, int]:
@@ -68,6 +68,6 @@ def run(folder: Path, base: Path | None) -> int:
         return 1
     table = Table(show_header=False, title=str(folder), title_justify="left")
     for name, value in rows:
-        table.add_row(name, Text(value))
+        table.add_row(Text(printable(name)), Text("\n".join(printable(line) for line in value.split("\n"))))
     console.print(table)
     return 0
