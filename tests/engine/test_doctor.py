@@ -100,8 +100,8 @@ def test_an_engine_that_does_not_start_fails_with_its_log(tmp_path: Path, monkey
 def test_an_unknown_vllm_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "vllm_version", lambda: "0.99.0")
     report = doctor(tmp_path, status=1)
-    assert statuses(report) == ["ok", "failed", "skipped", "ok", "skipped", "skipped", "skipped"]
-    assert "this is 0.99.0" in report["checks"]["vLLM"]["found"]
+    assert statuses(report) == ["ok", "ok", "failed", "ok", "skipped", "skipped", "skipped"]
+    assert "this is 0.99.0" in report["checks"]["hooks"]["found"]
 
 
 def test_a_plugin_that_vllm_is_told_to_leave_out_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
