@@ -602,6 +602,8 @@ def other_numbers(case: Case) -> str:
     file, rng = case.file(TENSORS), case.rng
     header, data = split(file.read_bytes())
     _, entry = _tensor(rng, header)
+    if entry["dtype"] != "F32":
+        return READ
     begin, end = entry["data_offsets"]
     new = b"".join(
         struct.pack("<f", rng.choice((0.0, -0.0, 1e-45, 3.4e38, -3.4e38, rng.gauss(0, 1)))) for _ in range(begin, end, 4)
@@ -621,8 +623,10 @@ def _rewritten(file: Path, rng: random.Random, dtypes: tuple[str, ...], shuffle:
     for name in names:
         entry = header[name]
         raw = data[slice(*entry["data_offsets"])]
-        dtype = rng.choice(dtypes)
-        if dtype != "F32":  # the upper half is the number as bfloat16, and some finite number as float16 with its exponent cut
+        dtype = rng.choice(dtypes) if entry["dtype"] == "F32" else entry["dtype"]
+        if (
+            dtype != entry["dtype"]
+        ):  # the upper half is the number as bfloat16, and some finite number as float16 with its exponent cut
             raw = b"".join(bytes((raw[i + 2], raw[i + 3] & (0xFF if dtype == "BF16" else 0xBF))) for i in range(0, len(raw), 4))
         new[name] = {"dtype": dtype, "shape": entry["shape"], "data_offsets": [len(blob), len(blob) + len(raw)]}
         blob += raw
