@@ -234,7 +234,7 @@ def test_what_vllm_refuses_under_speculation(engines: Engines, sampling: dict[st
 def test_logprob_token_ids_are_refused(engines: Engines) -> None:
     engine = engines(OURS)
     with pytest.raises(VLLMValidationError, match=r"logprob_token_ids .* not supported with mask-token prediction"):
-        ask(engine, {"max_tokens": 8, "logprobs": 1, "logprob_token_ids": [5, 6]})
+        ask(engine, {"max_tokens": 8, "logprobs": 2, "logprob_token_ids": [5, 6]})
     assert tokens(ask(engine, {"max_tokens": 8, "logprobs": 1}))  # and goes on serving
 
 
