@@ -5,6 +5,7 @@ read what the files say) or EITHER (damage that may happen to leave a sound adap
 """
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -102,13 +103,13 @@ def mutation(weight: int = 1) -> Callable[[Mutation], Mutation]:
 def _odd_value(rng: random.Random) -> Any:
     match rng.randrange(6):
         case 0:
-            return [rng.choice(ODD_VALUES) for _ in range(rng.randrange(1, 5))]
+            return [copy.deepcopy(rng.choice(ODD_VALUES)) for _ in range(rng.randrange(1, 5))]
         case 1:
-            return {str(rng.choice(ODD_TEXTS)): rng.choice(ODD_VALUES) for _ in range(rng.randrange(1, 4))}
+            return {str(rng.choice(ODD_TEXTS)): copy.deepcopy(rng.choice(ODD_VALUES)) for _ in range(rng.randrange(1, 4))}
         case 2:
             return rng.choice((float("nan"), float("inf"), -float("inf")))
         case _:
-            return rng.choice(ODD_VALUES)
+            return copy.deepcopy(rng.choice(ODD_VALUES))  # for a later change is made in what is there
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------
@@ -494,9 +495,8 @@ def odd_tensor_name(case: Case) -> str:
 
     def change(header: dict[str, Any]) -> None:
         name, entry = _tensor(rng, header)
-        new = rng.choice(
-            (*ODD_TEXTS, name.upper(), name + "\0", name + " ", f"../{name}", name.replace(".", "/"), "\ud800", "__metadata__")
-        )
+        names = (*ODD_TEXTS, name.upper(), name + "\0", name + " ", f"../{name}", name.replace("_", "/"), "\ud800", "__metadata__")
+        new = rng.choice([other for other in names if other != name])
         if rng.random() < 0.7:
             del header[name]
         header[new] = entry
