@@ -40,6 +40,8 @@ SERVED_MODEL: tuple[Requirement, ...] = (
     Called("logger", "init_logger", "name"),
     Called("forward_context", "get_forward_context", ""),
     Has("forward_context", "ForwardContext", "attn_metadata"),
+    Has("config", "VllmConfig", "device_config"),
+    Has("config", "DeviceConfig", "device_type"),
     # The target's layers.
     Imported("model_executor.layers.attention", "Attention"),
     Called("model_executor.layers.attention", "Attention.get_attn_backend", "self"),
@@ -109,6 +111,26 @@ ON_CPUS: tuple[Requirement, ...] = (
     Has("v1.worker.cpu_worker", "CPUWorker", "model_runner"),
     Called("model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", "layer, remove_weight"),
     Mentions("model_executor.layers.utils", "cpu_linear"),
+    # Attention of mask rows beside that of real rows, and in our graph in the place of both of vLLM's operations.
+    Imported("v1.attention.backend", "AttentionType"),
+    Has("v1.attention.backend", "AttentionType", "DECODER"),
+    Called("v1.attention.backends.cpu_attn", "_get_attn_isa", "dtype, block_size, head_size, kv_cache_dtype"),
+    Imported("v1.attention.backends.cpu_attn", "_get_attn_isa"),
+    Has("v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl", "attn_type alibi_slopes sinks head_size kv_cache_dtype scale"),
+    Has("v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl", "sliding_window logits_soft_cap"),
+    Called(
+        "v1.attention.backends.cpu_attn",
+        "CPUAttentionBackendImpl.forward",
+        "self, layer, query, key, value, kv_cache, attn_metadata, output",
+    ),
+    Called(
+        "v1.attention.backends.cpu_attn",
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        "self, layer, key, value, kv_cache, slot_mapping",
+    ),
+    Replaced("model_executor.layers.attention", "Attention.forward", "self, query, key, value, *args, **kwargs"),
+    Has("model_executor.layers.attention", "Attention", "layer_name head_size num_heads num_kv_heads"),
+    Has("forward_context", "ForwardContext", "slot_mapping"),
 )
 
 ON_GPUS: tuple[Requirement, ...] = (
@@ -139,13 +161,29 @@ V1_RUNNER: tuple[Requirement, ...] = (
     Called("v1.worker.block_table", "BlockTable.get_device_tensor", "self, num_reqs"),
     Has("v1.sample.metadata", "SamplingMetadata", "all_greedy"),
     Has("v1.utils", "CpuGpuBuffer", "np"),
-    Has("sampling_params", "SamplingParams", "max_tokens"),
+    Has("sampling_params", "SamplingParams", "max_tokens logprob_token_ids"),
+    Replaced("sampling_params", "SamplingParams._validate_spec_decode", "self, *args, **kwargs"),
+    Imported("exceptions", "VLLMValidationError"),
 )
 
 V1_RUNNER_ON_CPUS: tuple[Requirement, ...] = (
     CallsUs("v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "load_model", "model"),
     Imported("v1.sample", "rejection_sampler"),
     Replaced("v1.sample.rejection_sampler", "expand_batch_to_tokens", "x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0"),
+    # Verification of greedy steps.
+    Has(V1, "GPUModelRunner", "rejection_sampler"),
+    Replaced("v1.sample.rejection_sampler", "RejectionSampler.forward", "self, metadata, draft_probs, logits, sampling_metadata"),
+    Has("v1.sample.rejection_sampler", "RejectionSampler", "synthetic_mode"),
+    Has("v1.spec_decode.metadata", "SpecDecodeMetadata", "draft_token_ids num_draft_tokens"),
+    Has("v1.sample.metadata", "SamplingMetadata", "max_num_logprobs no_penalties allowed_token_ids_mask bad_words_token_ids"),
+    Has("v1.sample.metadata", "SamplingMetadata", "logitsprocs logprob_token_ids thinking_budget_state_holder"),
+    Has("v1.sample.thinking_budget_state", "ThinkingBudgetStateHolder", "has_tracked_requests"),
+    Has("v1.sample.logits_processor", "LogitsProcessors", "non_argmax_invariant"),
+    Imported("v1.sample.logits_processor", "LogitBiasLogitsProcessor MinTokensLogitsProcessor"),
+    Has("v1.sample.logits_processor", "LogitBiasLogitsProcessor", "biases"),
+    Has("v1.sample.logits_processor", "MinTokensLogitsProcessor", "min_toks"),
+    Imported("v1.outputs", "SamplerOutput"),
+    Called("v1.outputs", "SamplerOutput", "*, sampled_token_ids, logprobs_tensors"),
 )
 
 V1_PROBABILISTIC_DRAFTS: tuple[Requirement, ...] = (
@@ -218,6 +256,8 @@ REQUEST_LORAS: tuple[Requirement, ...] = (
 COMMANDS: tuple[Requirement, ...] = (
     Imported("", "LLM SamplingParams"),
     Imported("sampling_params", "RequestOutputKind"),
+    Imported("utils.torch_utils", "kv_cache_dtype_str_to_dtype"),
+    Imported("v1.kv_cache_interface", "FullAttentionSpec"),
 )
 """What `vllm-mtp` and training on a served model call; not needed to serve."""
 

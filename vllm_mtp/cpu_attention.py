@@ -4,26 +4,43 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 
 from vllm_mtp.kernels import cpu
 from vllm_mtp.layout import Groups
 
+logger = init_logger("vllm.mtp")
+
+
+def kernels_load() -> bool:
+    """Whether our kernels for CPUs are there; without them the same is done by more and slower operations."""
+    try:
+        cpu.load()
+    except cpu.NotBuilt as error:
+        logger.warning("Mask rows run without our CPU kernels, and slower: %s", error)
+        return False
+    return True
+
+
+def reads_cache(dtype: torch.dtype, block_size: int, head_size: int, cache_dtype: str) -> bool:
+    """Whether the kernel reads a cache of this kind (v1/attention/backends/cpu_attn.py)."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    if dtype not in cpu.DTYPES or head_size % 16 or cache_dtype.startswith("fp8"):
+        return False
+    # As these two write it; those for matrix units have a layout of their own.
+    return _get_attn_isa(dtype, block_size, head_size, cache_dtype) in ("vec", "vec16")
+
 
 def supports(impl: Any, dtype: torch.dtype, block_size: int) -> bool:
-    """Whether `CpuCombAttention` can serve a layer with this attention implementation (v1/attention/backends/cpu_attn.py)."""
+    """Whether `CpuCombAttention` can serve a layer with this attention implementation of vLLM."""
     from vllm.v1.attention.backend import AttentionType
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
     return (
-        isinstance(impl, CPUAttentionBackendImpl)
-        and impl.attn_type == AttentionType.DECODER
+        getattr(impl, "attn_type", None) == AttentionType.DECODER
         and impl.alibi_slopes is None
         and impl.sinks is None
-        and not impl.is_fp8_kv_cache
-        and impl.head_size % 16 == 0
-        and dtype in (torch.float32, torch.bfloat16)
-        # The kernel reads the cache as these two write it; those for matrix units have a layout of their own.
-        and _get_attn_isa(dtype, block_size, impl.head_size, impl.kv_cache_dtype) in ("vec", "vec16")
+        and reads_cache(dtype, block_size, impl.head_size, impl.kv_cache_dtype)
     )
 
 
@@ -92,7 +109,8 @@ class CpuCombAttention:
         self.step: tuple[tuple[torch.Tensor, ...], torch.Tensor, int] | None = None
         self.context: Any = None
 
-    def blocks_per_group(self, k: int, block_size: int) -> int:
+    @staticmethod
+    def blocks_per_group(k: int, block_size: int) -> int:
         """None."""
         return 0
 

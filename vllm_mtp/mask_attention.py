@@ -21,7 +21,8 @@ from vllm_mtp.layout import Groups
 class MaskAttention(Protocol):
     """A way to run the attention of mask rows in every layer."""
 
-    def blocks_per_group(self, k: int, block_size: int) -> int:
+    @staticmethod
+    def blocks_per_group(k: int, block_size: int) -> int:
         """Scratch blocks that a group of up to k mask rows needs."""
         ...
 
@@ -124,7 +125,8 @@ class ForkedSequences:
         self.metadata: object = None
         self.slots: torch.Tensor | None = None
 
-    def blocks_per_group(self, k: int, block_size: int) -> int:
+    @staticmethod
+    def blocks_per_group(k: int, block_size: int) -> int:
         """Blocks that the rest of a block and k mask tokens can take."""
         return -(-(block_size - 1 + k) // block_size)
 

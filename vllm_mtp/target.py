@@ -16,12 +16,12 @@ from vllm.platforms import current_platform
 from vllm_mtp import compiled, gated_lora, load, parallel
 from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
 from vllm_mtp.config import ServingOptions
-from vllm_mtp.cpu_attention import CpuCombAttention, supports
+from vllm_mtp.cpu_attention import CpuCombAttention, kernels_load, supports
 from vllm_mtp.cpu_linear import KernelUpdate, PackedSampler, packed_products
 from vllm_mtp.cpu_memory import keep_freed_memory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
-from vllm_mtp.kernels import cpu
+from vllm_mtp.kernels.cpu import DTYPES
 from vllm_mtp.kv_cache import with_scratch_blocks
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.mask_attention import ForkedSequences, MaskAttention, StepSequences
@@ -36,16 +36,6 @@ def _warming_up() -> bool:
     from vllm.forward_context import get_forward_context
 
     return not get_forward_context().attn_metadata
-
-
-def _cpu_kernels_load() -> bool:
-    """Whether our kernels for CPUs are there; without them the same is done by more and slower operations."""
-    try:
-        cpu.load()
-    except cpu.NotBuilt as error:
-        logger.warning("Mask rows run without our CPU kernels, and slower: %s", error)
-        return False
-    return True
 
 
 class MaskTokenTarget:
@@ -105,7 +95,7 @@ class MaskTokenTarget:
         check_base(adapter.config, self.config.model_config.hf_text_config, fingerprint_tensors(model.named_parameters()))
         dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(model.parameters()).device
         rows = gated_lora.RowSplit(self.max_rows, device, dtype)
-        kernels = current_platform.is_cpu() and dtype in cpu.DTYPES and _cpu_kernels_load()
+        kernels = current_platform.is_cpu() and dtype in DTYPES and kernels_load()
         update = KernelUpdate if kernels else packed_products if current_platform.is_cpu() else gated_lora.two_products
         try:
             gated_lora.install(model, dict(adapter.lora), rows, update)

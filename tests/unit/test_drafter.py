@@ -195,9 +195,13 @@ def test_sampling_reads_nothing_back(parts: tuple) -> None:
     assert found.scores.shape == found.candidates.shape == (R, K, 4)
 
 
-def test_compiled_without_guards_each_drafter_draws_as_it_does_uncompiled(parts: tuple) -> None:
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_compiled_without_guards_each_drafter_draws_as_it_does_uncompiled(device_type: str, parts: tuple) -> None:
     w, head, states, sampled = parts
-    config = SimpleNamespace(compilation_config=SimpleNamespace(mode=CompilationMode.VLLM_COMPILE, inductor_compile_config={}))
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(mode=CompilationMode.VLLM_COMPILE, inductor_compile_config={}),
+        device_config=SimpleNamespace(device_type=device_type),
+    )
     compile = compiler(config)
     assert compile is not None
     step = (states.flatten(0, 1), torch.arange(R * K).view(R, K), sampled)

@@ -79,6 +79,6 @@ def test_shared_blocks_are_copied_in_every_layer_however_they_lie() -> None:
     for caches in (list(together), apart):
         attention = ForkedSequences(lambda step: None)
         attention.bind(caches)
-        attention.copy_shared(step)
+        attention.prepare(step)
         assert torch.equal(torch.stack(caches), expected)
     assert not torch.equal(expected[0], expected[1])

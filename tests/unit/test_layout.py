@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mtp.layout import Groups, group_lengths, plan_groups
-from vllm_mtp.mask_attention import blocks_per_fork, plan_forks
+from vllm_mtp.mask_attention import ForkedSequences
 
 K = 4
 Requests = list[tuple[int, int, int]]
@@ -82,7 +82,8 @@ def test_a_fork_holds_its_prefix_and_its_group(batch: Requests, lengths: tuple[i
     width = 128 // block_size
     table = torch.arange(len(batch) * width).view(len(batch), width)
     scratch = len(batch) * width
-    cache = torch.full((scratch + groups.num_groups * blocks_per_fork(K, block_size), block_size), -1)
+    forks = ForkedSequences(lambda step: step)
+    cache = torch.full((scratch + groups.num_groups * forks.blocks_per_group(K, block_size), block_size), -1)
     labels = []  # of the step's rows: request * 1000 + position, and 100_000 + mask row
     for request, (computed, rows, _) in enumerate(batch):
         for position in range(computed + rows):
@@ -92,7 +93,7 @@ def test_a_fork_holds_its_prefix_and_its_group(batch: Requests, lengths: tuple[i
             else:
                 cache[table[request, position // block_size], position % block_size] = label
     prefix_len = groups.prefix_len(request_len(batch))
-    fork = plan_forks(groups, request_len(batch), prefix_len, 200, table, block_size, scratch, K)
+    fork = forks.plan(groups, prefix_len, request_len(batch), 200, table, block_size, scratch, K)
     cache[fork.copy_to] = cache[fork.copy_from]
     for request, (computed, rows, _) in enumerate(batch):
         for position in range(computed, computed + rows):  # the engine's own writes

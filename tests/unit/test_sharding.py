@@ -3,7 +3,7 @@
 vLLM's own layers of every rank, one rank after the other in this process; vLLM's own loaders split the base's weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +15,8 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 
 from vllm_mtp.adapter import LoRAWeights
-from vllm_mtp.cpu_linear import PackedLinear
-from vllm_mtp.gated_lora import RowSplit, install, plain_product
+from vllm_mtp.cpu_linear import KernelUpdate, packed_products
+from vllm_mtp.gated_lora import RowSplit, Update, install, two_products
 
 D, M, HEAD, HEADS, ROWS, REAL = 32, 48, 8, 8, 7, 3
 COLUMN_PARALLEL = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -83,10 +83,10 @@ def vllm_config() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("product", [plain_product, PackedLinear])
+@pytest.mark.parametrize("update", [two_products, packed_products, KernelUpdate])
 @pytest.mark.parametrize(("num_ranks", "kv_heads"), [(1, 2), (2, 4), (2, 2), (2, 1), (4, 2), (4, 1)])
 def test_ranks_together_compute_what_one_alone_does(
-    num_ranks: int, kv_heads: int, product: type, monkeypatch: pytest.MonkeyPatch
+    num_ranks: int, kv_heads: int, update: Callable[..., Update], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     sizes = module_sizes(kv_heads)
@@ -101,7 +101,7 @@ def test_ranks_together_compute_what_one_alone_does(
         become(rank, num_ranks, monkeypatch)
         layers = Layers(kv_heads, base, bias)
         rows = RowSplit(ROWS, torch.device("cpu"), torch.float32)
-        install(layers, lora, rows, product)
+        install(layers, lora, rows, update)
         rows.begin(REAL, ROWS)
         qkv = layers.attn.qkv_proj(inputs[D])[0].split(layers.attn.qkv_proj.output_partition_sizes, 1)
         gate_up = layers.mlp.gate_up_proj(inputs[D])[0].chunk(2, 1)

@@ -80,16 +80,21 @@ class ScratchMemory:
 
 def scratch_memory(config: Any) -> ScratchMemory:
     """The scratch blocks that an engine with this configuration (`VllmConfig`) will take, before there is one."""
+    from vllm.platforms import current_platform
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_mtp.mask_attention import blocks_per_fork
+    from vllm_mtp import selection
+    from vllm_mtp.cpu_attention import CpuCombAttention, kernels_load, reads_cache
+    from vllm_mtp.mask_attention import ForkedSequences
     from vllm_mtp.plan import most_groups
     from vllm_mtp.target import MaskTokenTarget
 
     target, model, cache = MaskTokenTarget(config), config.model_config, config.cache_config
     groups = most_groups(target.layouts, target.max_requests, target.max_mask_rows)
-    blocks = groups * blocks_per_fork(target.k, cache.block_size)
+    kind = model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype
+    in_place = current_platform.is_cpu() and not selection.runs_on_v2() and reads_cache(*kind) and kernels_load()
+    blocks = groups * (CpuCombAttention if in_place else ForkedSequences).blocks_per_group(target.k, cache.block_size)
     layer = FullAttentionSpec(
         block_size=cache.block_size,
         num_kv_heads=model.get_num_kv_heads(config.parallel_config),
@@ -203,13 +208,16 @@ class Doctor:
 
     def _hooks(self) -> Check:
         """Whether this vLLM has the names that are replaced or read."""
-        from vllm_mtp import compat
+        from vllm.platforms import current_platform
+
+        from vllm_mtp import compat, contract, selection
 
         try:
-            compat.check_version()
-        except RuntimeError as error:
+            needed = contract.needed(on_v2=selection.runs_on_v2(), on_cpu=current_platform.is_cpu(), request_loras=False)
+            compat.check_vllm(needed)
+        except compat.UnsupportedVersion as error:
             raise Failed(str(error)) from None
-        return Check("hooks", "ok", f"vLLM's names are those of {', '.join(compat.SUPPORTED_VLLM)}")
+        return Check("hooks", "ok", f"vLLM's names are as expected; tested releases are {', '.join(compat.TESTED_VLLM)}")
 
     def _adapter(self) -> Check:
         """The folder, its tensors' numbers, and the base model that it is for."""
