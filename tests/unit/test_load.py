@@ -67,6 +67,15 @@ def test_where_drafts_are_worthless_it_becomes_plain_decoding_and_stays_close_to
     assert seconds < 1.01 * 4000 * server.seconds(PLAIN, 4) * 1.025
 
 
+def test_where_rows_are_dear_looking_out_for_better_layouts_costs_little() -> None:
+    """A full comb is ten times as slow there: a trial of it must end as soon as that shows."""
+    server, chooser = Server(0.2, 0.6), LayoutChooser(fitting_layouts(K, 1000, 1000))
+    server.run(chooser, 16, 600)
+    for _ in range(6):
+        tokens, seconds = server.run(chooser, 16, 500)
+        assert tokens / seconds > 0.95 * server.rate(PLAIN, 16)
+
+
 def test_a_tie_goes_to_plain_decoding() -> None:
     """Mask rows that cost nothing and bring nothing: the noise of the clock alone would choose any layout."""
     choosers = [LayoutChooser(fitting_layouts(K, 1000, 1000)) for _ in range(10)]
