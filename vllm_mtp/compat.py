@@ -81,8 +81,16 @@ def check_vllm(requirements: Iterable[Requirement]) -> None:
     if release is not None and release < Version(OLDEST_VLLM).release:
         raise UnsupportedVersion(f"mask-token prediction needs vLLM {OLDEST_VLLM} or later; this is {version}. {REMEDY}")
     _refuse(_violations(tuple(requirements)), version)
-    if release is None or ".".join(map(str, release[:2])) not in TESTED_VLLM:
+    if not is_tested(version):
         _warn_of_untested(version)
+
+
+def is_tested(version: str) -> bool:
+    """Whether the engine tests have run on this vLLM."""
+    try:
+        return ".".join(map(str, Version(version).release[:2])) in TESTED_VLLM
+    except InvalidVersion:
+        return False
 
 
 @functools.cache

@@ -40,7 +40,7 @@ SERVED_MODEL: tuple[Requirement, ...] = (
     Called("logger", "init_logger", "name"),
     Called("forward_context", "get_forward_context", ""),
     Has("forward_context", "ForwardContext", "attn_metadata"),
-    Has("config", "VllmConfig", "device_config"),
+    Has("config", "VllmConfig", "device_config kv_transfer_config"),
     Has("config", "DeviceConfig", "device_type"),
     # The target's layers.
     Imported("model_executor.layers.attention", "Attention"),
@@ -129,7 +129,8 @@ ON_CPUS: tuple[Requirement, ...] = (
         "self, layer, key, value, kv_cache, slot_mapping",
     ),
     Replaced("model_executor.layers.attention", "Attention.forward", "self, query, key, value, *args, **kwargs"),
-    Has("model_executor.layers.attention", "Attention", "layer_name head_size num_heads num_kv_heads"),
+    Has("model_executor.layers.attention", "Attention", "layer_name head_size head_size_v num_heads num_kv_heads"),
+    Has("model_executor.layers.attention", "Attention", "kv_sharing_target_layer_name"),
     Has("forward_context", "ForwardContext", "slot_mapping"),
 )
 

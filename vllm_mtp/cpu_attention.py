@@ -1,5 +1,7 @@
 """Attention of mask rows on a CPU: vLLM's kernel serves the real rows as in plain decoding, ours the mask rows beside them."""
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,19 +34,23 @@ def reads_cache(dtype: torch.dtype, block_size: int, head_size: int, cache_dtype
     return _get_attn_isa(dtype, block_size, head_size, cache_dtype) in ("vec", "vec16")
 
 
-def supports(impl: Any, dtype: torch.dtype, block_size: int) -> bool:
-    """Whether `CpuCombAttention` can serve a layer with this attention implementation of vLLM."""
+def supports(layer: Any, dtype: torch.dtype, block_size: int) -> bool:
+    """Whether `CpuCombAttention` can serve one of vLLM's attention layers."""
     from vllm.v1.attention.backend import AttentionType
 
+    impl = layer.impl
     return (
         getattr(impl, "attn_type", None) == AttentionType.DECODER
+        and layer.kv_sharing_target_layer_name is None
+        and layer.head_size_v == layer.head_size
         and impl.alibi_slopes is None
         and impl.sinks is None
         and reads_cache(dtype, block_size, impl.head_size, impl.kv_cache_dtype)
     )
 
 
-_layers: list["_Layer"] = []
+_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[int, "_Layer"] = weakref.WeakValueDictionary()
 """The layers of all engines of this process, by the number that the operation knows them by."""
 
 
@@ -134,9 +140,9 @@ class CpuCombAttention:
         self.step = self.context = None
 
     def wrap(self, layer: Any) -> None:
-        impl, traced, number = layer.impl, layer.forward, len(_layers)
+        impl, traced, number = layer.impl, layer.forward, next(_numbers)
         served, write = _Layer(self, layer), impl.do_kv_cache_update
-        _layers.append(served)
+        _layers[number] = served
 
         def do_kv_cache_update(
             layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor

@@ -109,9 +109,15 @@ class MaskTokenTarget:
                     "which writes the KV cache inside its attention call: choose another with --attention-backend"
                 )
         block_size = self.config.cache_config.block_size
+        # A KV connector sees each layer pass by in vLLM's own operations.
+        alone = self.config.kv_transfer_config is None
+
+        def in_our_graph() -> bool:
+            return alone and rows.tracing_expanded
+
         # A replayed graph reads the plan where its capture stood, which forks know how to keep.
-        comb = kernels and not keep_states and all(supports(layer.impl, dtype, block_size) for layer in layers)
-        self.attention: MaskAttention = CpuCombAttention(lambda: rows.tracing_expanded) if comb else ForkedSequences(self._metadata)
+        comb = kernels and not keep_states and all(supports(layer, dtype, block_size) for layer in layers)
+        self.attention: MaskAttention = CpuCombAttention(in_our_graph) if comb else ForkedSequences(self._metadata)
         for layer in layers:
             self.attention.wrap(layer)
         embeddings = adapter.mask_embeddings[: self.k].to(device, dtype)

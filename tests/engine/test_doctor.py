@@ -35,6 +35,7 @@ def statuses(report: dict[str, Any]) -> list[str]:
     return [check["status"] for check in report["checks"].values()]
 
 
+@pytest.mark.full
 @pytest.mark.engine
 def test_the_shipped_model_passes_every_check(tmp_path: Path) -> None:
     report = doctor(tmp_path, str(demo.BASE), "--adapter", str(demo.ADAPTER), "-k", "4", "--layout", "quadratic", status=0)
@@ -99,11 +100,17 @@ def test_an_engine_that_does_not_start_fails_with_its_log(tmp_path: Path, monkey
     assert "exit status 3; its log is" in report["checks"]["decoding"]["found"]
 
 
-def test_an_unknown_vllm_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "vllm_version", lambda: "0.99.0")
+def test_an_old_vllm_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "vllm_version", lambda: "0.10.0")
     report = doctor(tmp_path, status=1)
     assert statuses(report) == ["ok", "ok", "failed", "ok", "skipped", "skipped", "skipped"]
-    assert "this is 0.99.0" in report["checks"]["hooks"]["found"]
+    assert "this is 0.10.0" in report["checks"]["hooks"]["found"]
+
+
+def test_a_vllm_that_was_never_tested_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "vllm_version", lambda: "0.99.0")
+    report = doctor(tmp_path, "--no-decode", status=0)
+    assert statuses(report) == ["ok", "ok", "warning", "ok", "ok", "ok", "skipped"]
 
 
 def test_a_plugin_that_vllm_is_told_to_leave_out_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

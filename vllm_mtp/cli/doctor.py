@@ -217,7 +217,12 @@ class Doctor:
             compat.check_vllm(needed)
         except compat.UnsupportedVersion as error:
             raise Failed(str(error)) from None
-        return Check("hooks", "ok", f"vLLM's names are as expected; tested releases are {', '.join(compat.TESTED_VLLM)}")
+        found = f"vLLM has all that is relied on; tested releases are {', '.join(compat.TESTED_VLLM)}"
+        if not compat.is_tested(selection.vllm_version()):
+            return Check(
+                "hooks", "warning", f"{found}, and this is none of them", "try it on traffic that may fail, or install one of them"
+            )
+        return Check("hooks", "ok", found)
 
     def _adapter(self) -> Check:
         """The folder, its tensors' numbers, and the base model that it is for."""
