@@ -105,7 +105,8 @@ def run(options: DemoOptions) -> int:
         print_error(error)
         return 1
     if options.json_file is not None:
-        options.json_file.write_text(json.dumps(report, indent=2) + "\n")
+        # Paths below this folder as they are in it: the file is for other machines too.
+        options.json_file.write_text(json.dumps(report, indent=2).replace(f'"{Path.cwd()}/', '"') + "\n")
     return 0 if report["float32"]["identical"] == report["float32"]["num_prompts"] else 2
 
 
