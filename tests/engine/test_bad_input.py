@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +108,6 @@ def test_a_damaged_adapter_is_refused(adapter: Path, damage: Callable[[Path], No
 def test_an_impossible_option_is_refused(options: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         engine_config({**speculative(demo.ADAPTER, 4), **options}, **arguments)
-
-
-@pytest.fixture
-def unread() -> Iterator[None]:
-    """Nothing is known of the installed vLLM, and what becomes known is forgotten."""
-    compat._violations.cache_clear()
-    yield
-    compat._violations.cache_clear()
 
 
 @pytest.mark.usefixtures("unread")

@@ -277,14 +277,6 @@ def logged() -> Iterator[list[logging.LogRecord]]:
     logger.removeHandler(handler)
 
 
-@pytest.fixture
-def unread() -> Iterator[None]:
-    """Nothing is known of the installed vLLM, and what becomes known is forgotten."""
-    compat._violations.cache_clear()
-    yield
-    compat._violations.cache_clear()
-
-
 @pytest.mark.usefixtures("unread")
 def test_a_hook_that_is_gone_at_run_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     compat.check_vllm([contract.of_hook(HOOK)])
