@@ -15,7 +15,7 @@ test: check
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -q -m "full or not full"
 
-# One wheel on every supported vLLM: an environment of 3.5 GB each, kept in build/compat, and some ten minutes of tests.
+# One wheel on every supported vLLM: an environment of 3.5 GB each, kept in build/compat, and a long run of tests.
 compat: $(STAMP)
 	$(BIN)/python -m tests.compat run
 

@@ -36,6 +36,10 @@ V2 runner, when selected, in every process that holds the configuration:
 `v1.worker.gpu.model_runner.GPUModelRunner.load_model`
     The adapter goes into the loaded model: only speculators with a draft model are handed the target. Until all are.
 
+On instances of the engine that selected us, where they belong: the target's `forward` (`expansion`), its linear layers' `apply`
+(`gated_lora`), its attention layers' methods and their implementations' (`mask_attention`, `cpu_attention`), and on CPUs the V1
+runner's `rejection_sampler.forward` (`verifier`).
+
 All wrappers are idempotent and hand through whatever is not ours.
 """
 
@@ -53,7 +57,7 @@ from vllm_mtp.requirements import Requirement
 from vllm_mtp.vllm_source import Installed
 
 TESTED_VLLM = ("0.30", "0.31", "0.32")
-"""Minor releases on which the engine tests pass (`python -m tests.compat`)."""
+"""Minor releases on which engine tests pass (`python -m tests.compat`); which of them, says README.md."""
 OLDEST_VLLM = "0.26"
 """The oldest one whose source has all that is relied on; nothing is known of those before it."""
 REMEDY = (

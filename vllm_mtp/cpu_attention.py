@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 
 from vllm_mtp.kernels import cpu
 from vllm_mtp.layout import Groups
+from vllm_mtp.plan import EngineStep
 
 logger = init_logger("vllm.mtp")
 
@@ -49,48 +50,58 @@ def supports(layer: Any, dtype: torch.dtype, block_size: int) -> bool:
     )
 
 
+_Plan = tuple[tuple[torch.Tensor, ...], torch.Tensor, int]
+"""Prefix lengths and starts of groups as the kernel takes them, the block table, and the number of real rows."""
+
 _numbers = itertools.count()
 _layers: weakref.WeakValueDictionary[int, "_Layer"] = weakref.WeakValueDictionary()
 """The layers of all engines of this process, by the number that the operation knows them by."""
 
 
 class _Layer:
-    """One attention layer of the target."""
+    """One attention layer of the target. `forward` and `do_kv_cache_update` stand in the place of its implementation's."""
 
     def __init__(self, attention: "CpuCombAttention", layer: Any) -> None:
         impl = layer.impl
         self.attention, self.layer, self.write, self.attend = attention, layer, impl.do_kv_cache_update, impl.forward
         self.options = impl.scale, max(impl.sliding_window, 0), float(impl.logits_soft_cap)
 
-    def __call__(
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        # The CPU operation trusts key's row count, and would write past the end of `slots`.
+        self.write(layer, key[: slots.shape[0]], value[: slots.shape[0]], kv_cache, slots)
+
+    def forward(
         self,
+        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: Any,
         output: torch.Tensor,
-    ) -> None:
+        **_: Any,
+    ) -> torch.Tensor:
         """Attention of all rows, into `output`; the K/V of the real rows are in the cache."""
-        self.attend(self.layer, query, key, value, kv_cache, metadata, output=output)
+        self.attend(layer, query, key, value, kv_cache, metadata, output=output)
         if self.attention.step is not None and metadata is not None:
             groups, table, num_real = self.attention.step
             self.attention.kernel(output, query, key, value, kv_cache, table, *groups, num_real, *self.options)
+        return output
 
 
-def _expanded_attention_(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, layer: int) -> None:
-    served = _layers[layer]
-    context = served.attention.context
+def _expanded_attention_(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, number: int) -> None:
+    served = _layers[number]
+    context, layer = served.attention.context, served.layer
     if context is None:  # a warm-up run
         return
-    name = served.layer.layer_name
-    slots, kv_cache = context.slot_mapping[name], served.layer.kv_cache
-    served.write(served.layer, key[: slots.shape[0]], value[: slots.shape[0]], kv_cache, slots)
-    served(query, key, value, kv_cache, context.attn_metadata[name], output)
+    served.do_kv_cache_update(layer, key, value, layer.kv_cache, context.slot_mapping[layer.layer_name])
+    served.forward(layer, query, key, value, layer.kv_cache, context.attn_metadata[layer.layer_name], output)
 
 
 _library = torch.library.Library("vllm_mtp", "FRAGMENT")
-_library.define("expanded_attention_(Tensor query, Tensor key, Tensor value, Tensor(a!) output, int layer) -> ()")
+_library.define("expanded_attention_(Tensor query, Tensor key, Tensor value, Tensor(a!) output, int number) -> ()")
 _library.impl("expanded_attention_", _expanded_attention_, "CPU")
 _library._register_fake("expanded_attention_", lambda *_: None)
 
@@ -112,7 +123,7 @@ class CpuCombAttention:
         cpu.load()
         self.kernel = torch.ops.vllm_mtp.comb_attention_cpu_.default
         self.in_our_graph = in_our_graph
-        self.step: tuple[tuple[torch.Tensor, ...], torch.Tensor, int] | None = None
+        self.step: _Plan | None = None
         self.context: Any = None
 
     @staticmethod
@@ -123,15 +134,14 @@ class CpuCombAttention:
     def bind(self, kv_caches: list[torch.Tensor]) -> None:
         """Each layer's call brings its cache."""
 
-    def plan(
-        self, groups: Groups, prefix_len: torch.Tensor, request_len: torch.Tensor, longest: int, block_table: torch.Tensor, *_: int
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, int]:
-        return (prefix_len, groups.start, groups.group_of_row, groups.request_start), block_table, groups.num_real
+    def plan(self, groups: Groups, prefix_len: torch.Tensor, step: EngineStep, block_size: int, scratch: int) -> _Plan:
+        starts = prefix_len, groups.start, groups.group_of_row, groups.request_start
+        return starts, step.block_table, groups.num_real
 
     def prepare(self, planned: Any) -> None:
         """Nothing to do."""
 
-    def begin(self, planned: tuple[tuple[torch.Tensor, ...], torch.Tensor, int], prepared: object) -> None:
+    def begin(self, planned: _Plan, prepared: object) -> None:
         from vllm.forward_context import get_forward_context
 
         self.step, self.context = planned, get_forward_context()
@@ -140,28 +150,8 @@ class CpuCombAttention:
         self.step = self.context = None
 
     def wrap(self, layer: Any) -> None:
-        impl, traced, number = layer.impl, layer.forward, next(_numbers)
-        served, write = _Layer(self, layer), impl.do_kv_cache_update
+        served, traced, number = _Layer(self, layer), layer.forward, next(_numbers)
         _layers[number] = served
-
-        def do_kv_cache_update(
-            layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
-        ) -> None:
-            # The CPU operation trusts key's row count, and would write past the end of `slots`.
-            write(layer, key[: slots.shape[0]], value[: slots.shape[0]], kv_cache, slots)
-
-        def attend(
-            layer: Any,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            kv_cache: torch.Tensor,
-            metadata: Any,
-            output: torch.Tensor,
-            **_: Any,
-        ) -> torch.Tensor:
-            served(query, key, value, kv_cache, metadata, output)
-            return output
 
         def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if not (torch.compiler.is_compiling() and self.in_our_graph()):
@@ -173,4 +163,4 @@ class CpuCombAttention:
             )
             return output.view(-1, heads * size)
 
-        impl.forward, impl.do_kv_cache_update, layer.forward = attend, do_kv_cache_update, forward
+        layer.impl.forward, layer.impl.do_kv_cache_update, layer.forward = served.forward, served.do_kv_cache_update, forward

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from vllm_mtp.layout import Groups
+
+if TYPE_CHECKING:
+    from vllm_mtp.plan import EngineStep
 
 
 class MaskAttention(Protocol):
@@ -30,28 +33,15 @@ class MaskAttention(Protocol):
         """Takes the layers' caches, each [blocks, ...] with the scratch blocks included."""
         ...
 
-    def plan(
-        self,
-        groups: Groups,
-        prefix_len: torch.Tensor,
-        request_len: torch.Tensor,
-        longest: int,
-        block_table: torch.Tensor,
-        block_size: int,
-        scratch: int,
-        k: int,
-    ) -> Any:
+    def plan(self, groups: Groups, prefix_len: torch.Tensor, step: "EngineStep", block_size: int, scratch: int) -> Any:
         """What all layers share in a step; every shape follows from the step's shape, nothing is read back.
 
         Args:
             groups: the mask rows.
             prefix_len: L of each group, [G].
-            request_len: tokens of each request once all its rows count, [R].
-            longest: no request is longer than this.
-            block_table: blocks of each request, [R, W].
+            step: the engine's step.
             block_size: tokens a block.
             scratch: id of the first scratch block.
-            k: most mask tokens a group has.
         """
         ...
 
@@ -143,17 +133,8 @@ class ForkedSequences:
         else:
             self.kv_caches = [cache[None] for cache in kv_caches]
 
-    def plan(
-        self,
-        groups: Groups,
-        prefix_len: torch.Tensor,
-        request_len: torch.Tensor,
-        longest: int,
-        block_table: torch.Tensor,
-        block_size: int,
-        scratch: int,
-        k: int,
-    ) -> StepSequences:
+    def plan(self, groups: Groups, prefix_len: torch.Tensor, step: "EngineStep", block_size: int, scratch: int) -> StepSequences:
+        k, block_table = len(step.lengths) - 1, step.block_table
         per_fork = self.blocks_per_group(k, block_size)
         own = _scratch_blocks(scratch, groups.num_groups, per_fork, (block_table.device, block_table.dtype))
         full = prefix_len // block_size
@@ -174,9 +155,9 @@ class ForkedSequences:
             block_table=table,
             query_start=groups.query_start,
             query_start_cpu=groups.query_start_cpu,
-            seq_lens=torch.cat([request_len, prefix_len + groups.length]).int(),
+            seq_lens=torch.cat([step.request_len, prefix_len + groups.length]).int(),
             longest_query=groups.longest_query,
-            longest=longest + k,
+            longest=step.longest + k,
             copy_from=copy_from,
             copy_to=first,
             written_rows=groups.written_rows,

@@ -121,10 +121,8 @@ class Planner:
         )
         if groups is None:
             return None
-        k, prefix_len = len(step.lengths) - 1, groups.prefix_len(step.request_len)
-        sequences = self.attention.plan(
-            groups, prefix_len, step.request_len, step.longest, step.block_table, self.block_size, self.scratch, k
-        )
+        prefix_len = groups.prefix_len(step.request_len)
+        sequences = self.attention.plan(groups, prefix_len, step, self.block_size, self.scratch)
         planned = PlannedStep(groups, groups.positions(prefix_len, self.max_model_len), sequences, None)
         if step.replayed:
             planned = self._where_it_stood((step.num_rows, step.num_drafts, step.lengths), planned)

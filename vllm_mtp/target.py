@@ -89,8 +89,6 @@ class MaskTokenTarget:
             AdapterError: the adapter does not fit the model.
             ValueError: the model or its attention backend does not support mask rows.
         """
-        from vllm.model_executor.layers.attention import Attention
-
         adapter = read_adapter(self.options.adapter)
         check_base(adapter.config, self.config.model_config.hf_text_config, fingerprint_tensors(model.named_parameters()))
         dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(model.parameters()).device
@@ -101,25 +99,7 @@ class MaskTokenTarget:
             gated_lora.install(model, dict(adapter.lora), rows, update)
         except ValueError as error:
             raise AdapterError(f"{self.options.adapter}: {error}") from None
-        layers = [module for module in model.modules() if isinstance(module, Attention)]
-        for layer in layers:
-            if layer.get_attn_backend().forward_includes_kv_cache_update:
-                raise ValueError(
-                    f"mask-token prediction does not support the attention backend {layer.get_attn_backend().get_name()}, "
-                    "which writes the KV cache inside its attention call: choose another with --attention-backend"
-                )
-        block_size = self.config.cache_config.block_size
-        # A KV connector sees each layer pass by in vLLM's own operations.
-        alone = self.config.kv_transfer_config is None
-
-        def in_our_graph() -> bool:
-            return alone and rows.tracing_expanded
-
-        # A replayed graph reads the plan where its capture stood, which forks know how to keep.
-        comb = kernels and not keep_states and all(supports(layer, dtype, block_size) for layer in layers)
-        self.attention: MaskAttention = CpuCombAttention(in_our_graph) if comb else ForkedSequences(self._metadata)
-        for layer in layers:
-            self.attention.wrap(layer)
+        self.attention = self._mask_attention(model, rows, in_place=kernels and not keep_states)
         embeddings = adapter.mask_embeddings[: self.k].to(device, dtype)
         request_loras = RequestLoRAs(model)
         self.planner = Planner(
@@ -141,6 +121,35 @@ class MaskTokenTarget:
             states=embeddings.new_zeros(self.max_mask_rows, embeddings.shape[1]) if keep_states else None,
         )
         self.drafter = self._drafter(model, adapter, request_loras, dtype, device)
+
+    def _mask_attention(self, model: torch.nn.Module, rows: gated_lora.RowSplit, *, in_place: bool) -> MaskAttention:
+        """The attention of mask rows, put into the layers of `model`.
+
+        Args:
+            in_place: read the cache where it lies if the layers allow it; not for replayed graphs, which read the plan where their
+                capture stood, and only forks know how to keep that.
+        """
+        from vllm.model_executor.layers.attention import Attention
+
+        layers = [module for module in model.modules() if isinstance(module, Attention)]
+        for layer in layers:
+            if layer.get_attn_backend().forward_includes_kv_cache_update:
+                raise ValueError(
+                    f"mask-token prediction does not support the attention backend {layer.get_attn_backend().get_name()}, "
+                    "which writes the KV cache inside its attention call: choose another with --attention-backend"
+                )
+        dtype, block_size = cast(torch.dtype, self.config.model_config.dtype), self.config.cache_config.block_size
+        # A KV connector sees each layer pass by in vLLM's own operations.
+        alone = self.config.kv_transfer_config is None
+
+        def in_our_graph() -> bool:
+            return alone and rows.tracing_expanded
+
+        comb = in_place and all(supports(layer, dtype, block_size) for layer in layers)
+        attention: MaskAttention = CpuCombAttention(in_our_graph) if comb else ForkedSequences(self._metadata)
+        for layer in layers:
+            attention.wrap(layer)
+        return attention
 
     def _drafter(
         self, model: Any, adapter: Adapter, request_loras: RequestLoRAs, dtype: torch.dtype, device: torch.device

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_mtp.layout import Groups, group_lengths, plan_groups
 from vllm_mtp.mask_attention import ForkedSequences
+from vllm_mtp.plan import EngineStep
 
 K = 4
 Requests = list[tuple[int, int, int]]
@@ -93,7 +94,8 @@ def test_a_fork_holds_its_prefix_and_its_group(batch: Requests, lengths: tuple[i
             else:
                 cache[table[request, position // block_size], position % block_size] = label
     prefix_len = groups.prefix_len(request_len(batch))
-    fork = forks.plan(groups, prefix_len, request_len(batch), 200, table, block_size, scratch, K)
+    step = EngineStep((), (), request_len(batch), 200, table, lengths)
+    fork = forks.plan(groups, prefix_len, step, block_size, scratch)
     cache[fork.copy_to] = cache[fork.copy_from]
     for request, (computed, rows, _) in enumerate(batch):
         for position in range(computed, computed + rows):  # the engine's own writes

@@ -42,11 +42,11 @@ class MaskTokenProposer(MaskTokenTarget):
     def bind(self, runner: Any) -> None:
         """Takes the runner once its KV cache stands."""
         super().bind(runner)
-        self.runner = runner
+        again, self.runner = self.runner is not None, runner
         # We cut drafts at the model's end request by request; without this the runner drafts for no one once one request is
         # near it.
         runner.effective_drafter_max_model_len = self.max_model_len + self.k
-        if current_platform.is_cpu():
+        if current_platform.is_cpu() and not again:
             runner.rejection_sampler.forward = verifier.before(runner.rejection_sampler)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
