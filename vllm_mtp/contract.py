@@ -109,7 +109,9 @@ SERVED_MODEL: tuple[Requirement, ...] = (
 ON_CPUS: tuple[Requirement, ...] = (
     Replaced("v1.worker.cpu_worker", "CPUWorker.determine_available_memory", "self"),
     Has("v1.worker.cpu_worker", "CPUWorker", "model_runner"),
-    Called("model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", "layer, remove_weight"),
+    Imported("model_executor.layers", "utils"),
+    Replaced("model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", "layer, remove_weight"),
+    Called("config", "get_current_vllm_config_or_none", ""),
     Mentions("model_executor.layers.utils", "cpu_linear"),
     # Attention of mask rows beside that of real rows, and in our graph in the place of both of vLLM's operations.
     Imported("v1.attention.backend", "AttentionType"),

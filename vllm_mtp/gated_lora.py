@@ -83,10 +83,7 @@ class RowSplit:
 
 
 class Update(Protocol):
-    """The low-rank update of one layer: y + s B A x on mask rows, y on real rows; it may write into y.
-
-    Made from the slices of a layer, its number of outputs, and where real rows end.
-    """
+    """The low-rank update of one layer: y + s B A x on mask rows, y on real rows; it may write into y."""
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -128,44 +125,52 @@ class LowRankUpdate:
         return y
 
 
-class GatedLinear:
-    """One linear layer of the target with its LoRA: one product of the layer over all rows, so that its weights are read once, and
-    the update of the mask rows.
+Expanded = Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""A layer in a step with mask rows: (layer, x [rows, in], bias) -> y [rows, out]."""
+
+
+class BaseThenUpdate:
+    """One product of the layer over all rows, so that its weights are read once, then the update of the mask rows.
 
     Args:
-        layer: vLLM's linear layer (model_executor/layers/linear.py, LinearBase), loaded.
+        layer: vLLM's linear layer.
         update: of the layer: q, k, v or gate, up together where they are fused.
         rows: where real rows end.
     """
 
     def __init__(self, layer: Any, update: Update, rows: RowSplit) -> None:
-        self.rows, self.update = rows, update
-        method = copy.copy(layer.quant_method)
-        self.base: Callable[..., torch.Tensor] = layer.quant_method.apply
-
-        def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-            if torch.compiler.is_compiling():
-                return self.traced(layer, x, bias)
-            return self(layer, x, bias)
-
-        method.apply = apply
-        layer.quant_method = method
-
-    def traced(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """What a compiled graph computes."""
-        y = self.base(layer, x, bias)
-        return self.update(y, x) if self.rows.tracing_expanded else y
+        self.base: Expanded = layer.quant_method.apply
+        self.update, self.rows = update, rows
 
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """y [rows, out] of x [rows, in]."""
-        n = self.rows.num_real
         y = self.base(layer, x, bias)
-        if n is None or n >= x.shape[0]:
-            return y
-        # Kernels for one row sum in another order than those for several; a lone real row must not feel its mask rows.
-        if n == 1:
-            y[:1] = self.base(layer, x[:1], bias)
+        if not torch.compiler.is_compiling():
+            n = self.rows.num_real
+            if n is None or n >= x.shape[0]:
+                return y
+            # Kernels for one row sum in another order than those for several; a lone real row must not feel its mask rows.
+            if n == 1:
+                y[:1] = self.base(layer, x[:1], bias)
         return self.update(y, x)
+
+
+def gate(layer: Any, expanded: Expanded, rows: RowSplit) -> None:
+    """Lets `layer` compute `expanded` in steps with mask rows, and what it always did in all others.
+
+    Args:
+        layer: vLLM's linear layer (model_executor/layers/linear.py, LinearBase), loaded.
+        expanded: the layer with its LoRA.
+        rows: where real rows end.
+    """
+    method = copy.copy(layer.quant_method)
+    base: Expanded = layer.quant_method.apply
+
+    def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        has_masks = rows.tracing_expanded if torch.compiler.is_compiling() else rows.num_real is not None
+        return expanded(layer, x, bias) if has_masks else base(layer, x, bias)
+
+    method.apply = apply
+    layer.quant_method = method
 
 
 def plain_product(weight: torch.Tensor) -> Product:
@@ -182,16 +187,22 @@ def _output_features(layer: Any, num_parts: int) -> list[tuple[int, int]]:
     return list(zip([first, *(size // copies for size in others)], layer.output_partition_sizes, strict=True))
 
 
-def two_products(slices: list[tuple[int, LowRank]], num_outputs: int, rows: RowSplit) -> Update:
-    """The update as two matrix products of torch."""
-    return LowRankUpdate(slices, num_outputs, rows, plain_product)
+Slices = list[tuple[int, LowRank]]
+"""(first output row, LoRA) of each fused part of a layer."""
+WithLora = Callable[[Any, Slices, int, RowSplit], Expanded]
+"""(layer, its slices, its outputs on this rank, where real rows end) -> what it computes in steps with mask rows."""
+
+
+def with_two_products(layer: Any, slices: Slices, num_outputs: int, rows: RowSplit) -> Expanded:
+    """The layer's own product, and the update as two of torch's."""
+    return BaseThenUpdate(layer, LowRankUpdate(slices, num_outputs, rows, plain_product), rows)
 
 
 def install(
     target: torch.nn.Module,
     lora: dict[str, Any],
     rows: RowSplit,
-    update: Callable[[list[tuple[int, LowRank]], int, RowSplit], Update] = two_products,
+    with_lora: WithLora = with_two_products,
 ) -> None:
     """Puts the LoRA beside every linear layer of `target` that it names; of a layer split over ranks, this rank's part.
 
@@ -199,7 +210,7 @@ def install(
         target: a loaded vLLM model; its `packed_modules_mapping` says which modules are fused.
         lora: LoRA weights by the base's module path, for example `model.layers.0.self_attn.q_proj`.
         rows: where real rows end.
-        update: makes the update of a layer.
+        with_lora: makes of a layer what it computes in steps with mask rows.
 
     Raises:
         ValueError: if a LoRA has no layer to sit on, or has another shape than its layer.
@@ -227,7 +238,7 @@ def install(
                 unused.discard(path)
             at += size_here
         if slices:
-            GatedLinear(layer, update(slices, at, rows), rows)
+            gate(layer, with_lora(layer, slices, at, rows), rows)
     if unused:
         raise ValueError(
             f"the adapter has LoRA weights for modules that the served model does not have: {', '.join(sorted(unused)[:3])}"

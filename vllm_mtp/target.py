@@ -17,7 +17,7 @@ from vllm_mtp import compiled, gated_lora, load, parallel
 from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.cpu_attention import CpuCombAttention, kernels_load, supports
-from vllm_mtp.cpu_linear import KernelUpdate, PackedSampler, packed_products
+from vllm_mtp.cpu_linear import PackedSampler, with_kernels, with_packed_products
 from vllm_mtp.cpu_memory import keep_freed_memory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
@@ -94,9 +94,10 @@ class MaskTokenTarget:
         dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(model.parameters()).device
         rows = gated_lora.RowSplit(self.max_rows, device, dtype)
         kernels = current_platform.is_cpu() and dtype in DTYPES and kernels_load()
-        update = KernelUpdate if kernels else packed_products if current_platform.is_cpu() else gated_lora.two_products
+        on_cpu = with_kernels if kernels else with_packed_products
+        with_lora = on_cpu if current_platform.is_cpu() else gated_lora.with_two_products
         try:
-            gated_lora.install(model, dict(adapter.lora), rows, update)
+            gated_lora.install(model, dict(adapter.lora), rows, with_lora)
         except ValueError as error:
             raise AdapterError(f"{self.options.adapter}: {error}") from None
         self.attention = self._mask_attention(model, rows, in_place=kernels and not keep_states)

@@ -13,7 +13,7 @@ import torch
 from torch.utils import cpp_extension
 
 DTYPES = (torch.float32, torch.bfloat16)
-SOURCES = ("gated_lora.cpp", "comb_attention.cpp")
+SOURCES = ("linear.cpp", "gated_lora.cpp", "comb_attention.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-w")
 
 
@@ -23,29 +23,42 @@ class NotBuilt(RuntimeError):
 
 @lru_cache(maxsize=1)
 def load() -> None:
-    """Makes the operations `torch.ops.vllm_mtp.gated_lora_cpu_` and `comb_attention_cpu_`, and builds them if this machine has not
-    yet: half a minute.
+    """Makes the operations `torch.ops.vllm_mtp.gated_lora_cpu_`, `comb_attention_cpu_`, `linear_cpu` and `gated_linear_cpu`, and
+    builds them if this machine has not yet: half a minute.
 
     Raises:
         NotBuilt: see there. The compiler is that of $CXX, else g++.
     """
-    library = _folder() / f"vllm_mtp_{_fingerprint()}.so"
+    library = _folder() / f"vllm_mtp_{fingerprint()}.so"
     if not library.exists():
         _build(library)
     torch.ops.load_library(str(library))
     for name in ("gated_lora_cpu_", "comb_attention_cpu_"):
         torch.library.register_fake(f"vllm_mtp::{name}", _writes_in_place)
+    for name in ("linear_cpu", "gated_linear_cpu"):
+        torch.library.register_fake(f"vllm_mtp::{name}", _rows_of_outputs)
+
+
+def has_linear() -> bool:
+    """Whether `linear_cpu` and `gated_linear_cpu` run on this processor: it has AVX-512 BF16."""
+    load()
+    return bool(torch.ops.vllm_mtp.has_linear_cpu())
 
 
 def _writes_in_place(*_: object) -> None:
     return None
 
 
+def _rows_of_outputs(x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, out: int, *_: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], out)
+
+
 def _folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "vllm_mtp"
 
 
-def _fingerprint() -> str:
+@lru_cache(maxsize=1)
+def fingerprint() -> str:
     """Of everything that the library depends on: sources, flags, torch, compiler, processor."""
     here = Path(__file__).parent
     parts = [path.read_bytes() for path in sorted(here.glob("*.h")) + [here / name for name in SOURCES]]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_mtp.kernels import cpu
 from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout, comb_attention_reference
-from vllm_mtp.kernels.gated_lora import CpuLowRankSlices, LowRankSlices, gated_lora_add_reference
+from vllm_mtp.kernels.cpu.linear import PanelSlices, panels
+from vllm_mtp.kernels.gated_lora import CpuLowRankSlices, LowRankSlices, gated_lora_add_reference, gated_lora_reference
 
 from .conftest import RUNS_TRITON
 
@@ -54,6 +55,47 @@ def test_gated_lora(
     assert torch.equal(y[:real], before[:real])
     scale = wanted.abs().max().clamp(min=1) if wanted.numel() else 1.0
     assert ((y.double() - wanted).abs() <= TOLERANCE[dtype] * scale).all()
+
+
+@pytest.mark.skipif(not cpu.has_linear(), reason="the processor has no AVX-512 BF16")
+@settings(max_examples=40, deadline=None)
+@given(
+    real=st.integers(0, 14),
+    masks=st.integers(0, 110),
+    inputs=st.sampled_from([2, 50, 384]),
+    sizes=st.lists(st.sampled_from([1, 17, 32, 100]), min_size=1, max_size=3),
+    rank=st.sampled_from([1, 5, 16, 33]),
+    gap=st.sampled_from([0, 7]),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_linear(real: int, masks: int, inputs: int, sizes: list[int], rank: int, gap: int, biased: bool, seed: int) -> None:
+    """Any shapes, slices that end within a panel, outputs that no slice has, rows of a wider tensor; real rows are to the bit what
+    they are alone, and what they are without a LoRA."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    firsts = [0, *accumulate(size + gap for size in sizes)]
+    parts = [(at, normal(rank, inputs) / inputs**0.5, normal(size, rank)) for at, size in zip(firsts, sizes, strict=False)]
+    slices = LowRankSlices.pack([(at, a.bfloat16().float(), b.bfloat16().float()) for at, a, b in parts], firsts[-1])
+    weight, bias = (normal(firsts[-1], inputs) / inputs**0.5).bfloat16(), normal(firsts[-1]).bfloat16() if biased else None
+    x, num_real = normal(real + masks, inputs + 4).bfloat16()[:, :inputs], torch.tensor([real])
+    double = LowRankSlices(slices.a.double(), slices.b.double(), slices.spans)
+    wanted = gated_lora_reference(x.double(), weight.double(), double, num_real, None if bias is None else bias.double())
+    w, ops = panels(weight), torch.ops.vllm_mtp
+    y = ops.gated_linear_cpu(x, w, bias, firsts[-1], *PanelSlices.pack(slices), num_real)
+    scale = wanted.abs().max().clamp(min=1) if wanted.numel() else 1.0
+    assert ((y.double() - wanted).abs() <= 1e-2 * scale).all()
+    plain = ops.linear_cpu(x[:real], w, bias, firsts[-1])
+    assert torch.equal(y[:real], plain)
+    assert all(torch.equal(plain[i : i + 1], ops.linear_cpu(x[i : i + 1], w, bias, firsts[-1])) for i in range(real))
+
+
+def test_panels_want_pairs() -> None:
+    with pytest.raises(ValueError, match="3 is odd"):
+        panels(torch.zeros(4, 3))
 
 
 @settings(max_examples=80, deadline=None)

@@ -3,7 +3,7 @@
 vLLM's own layers of every rank, one rank after the other in this process; vLLM's own loaders split the base's weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
-from vllm.model_executor.layers import linear
+from vllm.model_executor.layers import linear, utils
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm_mtp.kernels.cpu import has_linear
 
 from vllm_mtp.adapter import LoRAWeights
-from vllm_mtp.cpu_linear import KernelUpdate, packed_products
-from vllm_mtp.gated_lora import RowSplit, Update, install, two_products
+from vllm_mtp.compat import _dispatch_cpu_unquantized_gemm
+from vllm_mtp.cpu_linear import PanelLinear, with_kernels, with_packed_products
+from vllm_mtp.gated_lora import RowSplit, WithLora, install, with_two_products
 
 D, M, HEAD, HEADS, ROWS, REAL = 32, 48, 8, 8, 7, 3
 COLUMN_PARALLEL = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -83,11 +85,35 @@ def vllm_config() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("update", [two_products, packed_products, KernelUpdate])
-@pytest.mark.parametrize(("num_ranks", "kv_heads"), [(1, 2), (2, 4), (2, 2), (2, 1), (4, 2), (4, 1)])
+RANKS = pytest.mark.parametrize(("num_ranks", "kv_heads"), [(1, 2), (2, 4), (2, 2), (2, 1), (4, 2), (4, 1)])
+
+
+@pytest.mark.parametrize("with_lora", [with_two_products, with_packed_products, with_kernels])
+@RANKS
 def test_ranks_together_compute_what_one_alone_does(
-    num_ranks: int, kv_heads: int, update: Callable[..., Update], monkeypatch: pytest.MonkeyPatch
+    num_ranks: int, kv_heads: int, with_lora: WithLora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compare(num_ranks, kv_heads, with_lora, torch.float32, monkeypatch)
+
+
+@pytest.mark.skipif(not has_linear(), reason="the processor has no AVX-512 BF16")
+@RANKS
+def test_ranks_with_weights_in_panels(num_ranks: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = VllmConfig(additional_config={"mtp": {"adapter": ""}})
+    config.speculative_config = object()
+    dispatch = _dispatch_cpu_unquantized_gemm(utils.dispatch_cpu_unquantized_gemm)
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", dispatch)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with set_current_vllm_config(config):
+            layers = compare(num_ranks, kv_heads, with_kernels, torch.bfloat16, monkeypatch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(isinstance(layer.cpu_linear, PanelLinear) for layer in layers.modules() if isinstance(layer, linear.LinearBase))
+
+
+def compare(num_ranks: int, kv_heads: int, with_lora: WithLora, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Layers:
+    """Holds what the ranks compute against the product of the whole; the last rank's layers."""
     torch.manual_seed(0)
     sizes = module_sizes(kv_heads)
     base = {name: normal(*shape) for name, shape in sizes.items()}
@@ -100,8 +126,8 @@ def test_ranks_together_compute_what_one_alone_does(
     for rank in range(num_ranks):
         become(rank, num_ranks, monkeypatch)
         layers = Layers(kv_heads, base, bias)
-        rows = RowSplit(ROWS, torch.device("cpu"), torch.float32)
-        install(layers, lora, rows, update)
+        rows = RowSplit(ROWS, torch.device("cpu"), dtype)
+        install(layers, lora, rows, with_lora)
         rows.begin(REAL, ROWS)
         qkv = layers.attn.qkv_proj(inputs[D])[0].split(layers.attn.qkv_proj.output_partition_sizes, 1)
         gate_up = layers.mlp.gate_up_proj(inputs[D])[0].chunk(2, 1)
@@ -114,14 +140,16 @@ def test_ranks_together_compute_what_one_alone_does(
 
     copies = max(1, num_ranks // kv_heads)
     for name, (_, d_in) in sizes.items():
-        expected = inputs[d_in] @ base[name].T
-        expected[REAL:] += 0.5 * inputs[d_in][REAL:] @ lora[name].a.T @ lora[name].b.T
+        expected = inputs[d_in].float() @ base[name].T.float()
+        expected[REAL:] += 0.5 * inputs[d_in][REAL:].float() @ lora[name].a.T.float() @ lora[name].b.T.float()
         if name == "attn.o_proj":
             expected += bias
         parts, same = found[name], {"mlp.router": num_ranks, "attn.k_proj": copies, "attn.v_proj": copies}.get(name, 1)
         assert all(torch.equal(part, parts[i // same * same]) for i, part in enumerate(parts))
-        y = torch.stack(parts).sum(0) if name in ROW_PARALLEL else torch.cat(parts[::same], 1)
-        torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        y = torch.stack(parts).float().sum(0) if name in ROW_PARALLEL else torch.cat(parts[::same], 1).float()
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    return layers
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
