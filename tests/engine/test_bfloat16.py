@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 from vllm.model_executor.layers.linear import LinearBase
+from vllm_mtp.kernels.cpu import has_linear
 
 from vllm_mtp import demo
 from vllm_mtp.cpu_linear import PanelLinear
-from vllm_mtp.kernels.cpu import has_linear
 
 from .conftest import Engine, Engines, speculative
 from .feature_models import retrained_base
