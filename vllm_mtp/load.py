@@ -1,24 +1,27 @@
-"""Which layout a step uses under `auto`: the one that has given the most tokens a second, at this batch size, on this machine.
+"""Which layout a step uses under `auto`: the one that promises the most tokens a second, at this batch size, on this machine.
 
 Mask rows are nearly free while a step is bound by reading weights and cost full price after that; where that is depends on model,
-machine and batch, and what the rows are worth depends on the text. So both are measured while serving: each layout runs in bursts
-of steps, the best one most of the time and its rivals ever more rarely. The layout without mask rows, plain decoding, is one of
-them. Where steps overlap and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
+machine and batch, and what the rows are worth depends on the text. So both are measured while serving, and `forecast` says of every
+layout what it would give, also of those that have not run: a layout that cannot win is not tried. Those that could are, in short
+bursts of steps, ever more rarely the more often they lose, and what they really take corrects the forecast for them. The layout
+without mask rows, plain decoding, is one of them. Where steps overlap and cannot be timed one by one, `widest_comb` takes what the
+batch has rows for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vllm_mtp.forecast import Acceptance, StepCost, tokens_and_rows
 from vllm_mtp.layout import group_lengths
 
 SETTLE = 2  # steps after a change that still verify, or pay for, what the layout before asked for
 BURST = 24
-TRIAL = 12  # steps of a burst that tries a rival
-FIRST_RETRY, LAST_RETRY = 8, 512  # bursts until a rival is tried again; doubled each time it loses
-MEMORY = 0.8  # what an older burst counts when a newer one of the same layout comes in
-GLIMPSE, FAR_OFF = 3, 0.75  # a trial ends after so many steps if they gave less than this share of the best one's tokens a second
-HOPELESS = 0.85  # a layout slower than this share of the best is tried again rarely; if of a narrower one, no wider one is tried
-CLEARLY = 1.02  # a rival must be better by this factor to take over; plain decoding takes over even when worse by it
+TRIAL = 8  # steps of a burst that tries a rival
+FIRST_RETRY, LAST_RETRY = 8, 64  # bursts until a rival is tried again; doubled each time it loses
+COST_OF_LOOKING = 0.003  # share of the time that trials of a layout may cost; one that is far off waits longer
+WORTH_A_TRIAL = 0.9  # share of the best one's tokens a second that a rival must promise
+CLEARLY = 1.02  # a rival must promise this much more to take over; plain decoding takes over even with so much less
+LEARN, FOLLOW = 0.3, 0.5  # how fast a layout's own times correct the forecast, and how fast all follow the machine's mood
 
 
 def candidate_layouts(k: int) -> list[tuple[int, ...]]:
@@ -99,17 +102,14 @@ def drafts_by_batch_size(
 
 @dataclass
 class _Arm:
-    """What is known of one layout at one batch size."""
+    """What is known of one layout at one batch size beside the forecast."""
 
-    tokens: float = 0.0
-    seconds: float = 0.0
+    slowness: float = 1.0
+    """What its steps take, of what was forecast."""
+    tried: bool = False
     wait: int = FIRST_RETRY
     due: int = 0
     """Burst, counted at this batch size, at which it is tried again."""
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -121,126 +121,132 @@ class _Bucket:
     bursts: int = 0
 
 
-@dataclass
 class LayoutChooser:
     """Chooses each step's layout from what the steps before it gave.
 
     Args:
         layouts: what to choose from (`fitting_layouts`), in order of their rows.
-        agree: makes one time of those that the ranks of an engine measured; called once or twice a burst. The time is all that
-            could make them choose different layouts.
+        agree: makes one time of those that the ranks of an engine measured; called once a burst. The time is all that could make
+            them choose different layouts.
     """
 
-    layouts: list[tuple[int, ...]]
-    agree: Callable[[float], float] = float
-
-    def __post_init__(self) -> None:
-        self._plain = [i for i, lengths in enumerate(self.layouts) if not any(lengths)]
+    def __init__(self, layouts: list[tuple[int, ...]], agree: Callable[[float], float] = float) -> None:
+        self.layouts, self.agree = layouts, agree
+        self.acceptance, self.cost = Acceptance(len(layouts[0]) - 1), StepCost()
+        self.mood = 1.0
+        """What steps take of late, of what was forecast: machines have neighbours, whatever the layout."""
+        self._plain = [i for i, lengths in enumerate(layouts) if not any(lengths)]
         self._buckets: dict[int, _Bucket] = {}
         self._bucket = -1
         self._arm = 0
         self._left = self._settling = 0
-        self._tokens = self._seconds = 0.0
+        self._steps = self._requests = self._rows = 0
+        self._seconds = 0.0
 
     def choose(self, num_requests: int) -> tuple[int, ...]:
         """The layout of a step with `num_requests` requests."""
         bucket = (num_requests - 1).bit_length()
         if bucket != self._bucket:
             self._bucket = bucket
-            self._start()
+            self._start(num_requests)
         return self.layouts[self._arm]
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """Takes in a step that only decoded: tokens that it gave, and the time from the end of the step before to its own.
+    def observe(self, drafts: Sequence[int], tokens: Sequence[int], rows: int, seconds: float) -> None:
+        """Takes in a step that only decoded.
 
         Steps with prompts in them, and those after an idle server, are not comparable and must not be given.
+
+        Args:
+            drafts: that each request verified.
+            tokens: that each request got.
+            rows: of the step, mask rows among them.
+            seconds: from the end of the step before to its own.
         """
+        self.acceptance.observe(drafts, [count - 1 for count in tokens])
         if self._settling:
             self._settling -= 1
             return
-        self._tokens += tokens
+        self._requests += len(tokens)
+        self._rows += rows
         self._seconds += seconds
+        self._steps += 1
         self._left -= 1
-        if self._left == 0 or self._is_far_off():
+        if self._left == 0:
             self._finish()
-            self._start()
-
-    def _is_far_off(self) -> bool:
-        """Whether a trial's first steps say enough."""
-        bucket = self._buckets[self._bucket]
-        best = bucket.arms[bucket.best]
-        glimpsed = self._arm != bucket.best and best.seconds and TRIAL - self._left == GLIMPSE
-        return bool(glimpsed) and self._tokens < FAR_OFF * best.rate * self.agree(self._seconds)
+            self._start(len(tokens))
 
     def best(self, num_requests: int) -> tuple[int, ...]:
         """The layout that is best so far for `num_requests` requests."""
-        return self.layouts[self._known((num_requests - 1).bit_length()).best]
+        bucket = self._known((num_requests - 1).bit_length())
+        return self.layouts[self._winner(bucket, self._promises(bucket, num_requests))]
 
     def _known(self, bucket: int) -> _Bucket:
-        if bucket not in self._buckets:
-            nearest = min(self._buckets, key=lambda other: abs(other - bucket), default=None)
-            if nearest is None:  # an unknown server starts in the middle
-                self._buckets[bucket] = _Bucket([_Arm() for _ in self.layouts], len(self.layouts) // 2)
-            else:
-                # The nearest batch size is the best guess, also of what is not worth trying soon; plain decoding always is.
-                near = self._buckets[nearest]
-                waits = [arm.wait if arm.seconds else FIRST_RETRY**2 for arm in near.arms]
-                arms = [_Arm(wait=wait, due=wait // 4 if i and wait > FIRST_RETRY else 0) for i, wait in enumerate(waits)]
-                self._buckets[bucket] = _Bucket(arms, near.best)
+        if bucket not in self._buckets:  # an unknown server starts in the middle
+            self._buckets[bucket] = _Bucket([_Arm() for _ in self.layouts], len(self.layouts) // 2)
         return self._buckets[bucket]
 
-    def _start(self) -> None:
+    def _promises(self, bucket: _Bucket, num_requests: int) -> list[float]:
+        """Tokens a second that each layout promises."""
+        acceptance, promises = self.acceptance.by_position(), []
+        for lengths, arm in zip(self.layouts, bucket.arms, strict=True):
+            tokens, rows = tokens_and_rows(lengths, acceptance)
+            promises.append(num_requests * tokens / (self.cost.predict(num_requests, num_requests * rows) * arm.slowness))
+        return promises
+
+    def _winner(self, bucket: _Bucket, promises: list[float]) -> int:
+        """The best layout: in a tie the one that is, and above all plain decoding: what brings nothing is not worth its rows."""
+        best = max(range(len(promises)), key=promises.__getitem__)
+        margin = 1 / CLEARLY if best in self._plain else CLEARLY**2 if bucket.best in self._plain else CLEARLY
+        if promises[best] <= margin * promises[bucket.best]:
+            best = bucket.best
+        for plain in self._plain:
+            if promises[best] < CLEARLY * promises[plain]:
+                best = plain
+        return best
+
+    def _start(self, num_requests: int) -> None:
         """Begins a burst of the best layout, or of a rival that is due."""
-        bucket = self._known(self._bucket)
-        before = self._arm
-        rivals = [i for i in self._rivals(bucket) if bucket.arms[i].due <= bucket.bursts]
-        if bucket.arms[bucket.best].seconds == 0 or not rivals:
-            self._arm = bucket.best
-        else:
-            self._arm = min(rivals, key=lambda i: (bucket.arms[i].due, abs(i - bucket.best)))
-        self._left = BURST if self._arm == bucket.best else TRIAL
+        bucket, before = self._known(self._bucket), self._arm
+        self._arm, self._left = bucket.best, TRIAL
+        if self.cost.precision is not None:
+            promises = self._promises(bucket, num_requests)
+            bucket.best = self._arm = self._winner(bucket, promises)
+            self._left = BURST
+            rivals = self._rivals(bucket, promises)
+            if rivals:
+                self._arm, self._left = max(rivals, key=promises.__getitem__), TRIAL
         self._settling = SETTLE if self._arm != before else 0
-        self._tokens = self._seconds = 0.0
+        self._steps = self._requests = self._rows = 0
+        self._seconds = 0.0
 
-    def _rivals(self, bucket: _Bucket) -> list[int]:
-        """Every layout but the best, less those that were never tried and are wider than one that lost by being too wide."""
-        tried = [(lengths, arm.rate) for lengths, arm in zip(self.layouts, bucket.arms, strict=True) if arm.seconds]
+    def _rivals(self, bucket: _Bucket, promises: list[float]) -> list[int]:
+        """The layouts that are due for a trial.
 
-        def too_wide(lengths: tuple[int, ...]) -> bool:
-            kin = sorted((max(other), rate) for other, rate in tried if not max(other) or bool(other[0]) == bool(lengths[0]))
-            narrower = [rate for width, rate in kin if width < max(lengths)]
-            return len(narrower) > 1 and narrower[-1] < HOPELESS * max(narrower)
-
-        return [
-            i
-            for i, (lengths, arm) in enumerate(zip(self.layouts, bucket.arms, strict=True))
-            if i != bucket.best and (arm.seconds or not too_wide(lengths))
-        ]
-
-    def _takes_over(self, bucket: _Bucket, rival: int) -> bool:
-        """Whether a layout becomes the best. In a tie it is plain decoding: what brings nothing is not worth its rows."""
-        if rival == bucket.best or not bucket.arms[rival].seconds:
-            return False
-        margin = 1 / CLEARLY if rival in self._plain else CLEARLY**2 if bucket.best in self._plain else CLEARLY
-        return bucket.arms[rival].rate > margin * bucket.arms[bucket.best].rate
+        Plain decoding is one at every batch size, for it is what nobody may fall behind. Where it is the best one, so is the layout
+        with the fewest rows, however little it promises: else nobody would see that drafts have become worth their rows again.
+        """
+        others = [i for i in range(len(self.layouts)) if i != bucket.best]
+        likely = {i for i in others if promises[i] > WORTH_A_TRIAL * promises[bucket.best]}
+        likely |= {i for i in self._plain if not bucket.arms[i].tried}
+        if bucket.best in self._plain and bucket.bursts >= FIRST_RETRY:
+            likely |= set(others[:1])
+        return [i for i in sorted(likely - {bucket.best}) if bucket.arms[i].due <= bucket.bursts]
 
     def _finish(self) -> None:
-        bucket = self._buckets[self._bucket]
-        arm, best = bucket.arms[self._arm], bucket.arms[bucket.best]
-        arm.tokens = MEMORY * arm.tokens + self._tokens
-        arm.seconds = MEMORY * arm.seconds + self.agree(self._seconds)
+        """Learns from a burst."""
+        bucket, steps = self._buckets[self._bucket], self._steps
+        arm, seconds = bucket.arms[self._arm], self.agree(self._seconds) / steps
+        requests, rows = self._requests / steps, self._rows / steps
+        if arm.tried:
+            surprise = seconds / (self.cost.predict(requests, rows) * arm.slowness * self.mood)
+            arm.slowness *= surprise**LEARN
+            self.mood *= surprise**FOLLOW
+        self.cost.observe(requests, rows, seconds / self.mood)
+        if not arm.tried:
+            arm.slowness, arm.tried = seconds / self.mood / self.cost.predict(requests, rows), True
         bucket.bursts += 1
-        if arm is best:
-            better = max(range(len(bucket.arms)), key=lambda i: bucket.arms[i].rate)
-            for rival in (better, *self._plain):
-                if self._takes_over(bucket, rival):
-                    bucket.best = rival
-            return
-        if self._takes_over(bucket, self._arm):
-            bucket.best, arm.wait = self._arm, FIRST_RETRY
-            best.wait, best.due = FIRST_RETRY, bucket.bursts + FIRST_RETRY
-            return
-        arm.wait = min(
-            LAST_RETRY, arm.wait * (2 if arm.rate > HOPELESS * best.rate else 8 if arm.rate > FAR_OFF * best.rate else 64)
-        )
-        arm.due = bucket.bursts + arm.wait
+        if self._arm != bucket.best:
+            promises = self._promises(bucket, round(requests))
+            lost = (TRIAL + SETTLE) * max(promises[bucket.best] / promises[self._arm] - 1, 0.0)
+            arm.due = bucket.bursts + max(arm.wait, round(lost / (COST_OF_LOOKING * BURST)))
+            arm.wait = min(LAST_RETRY, 2 * arm.wait)

@@ -34,6 +34,8 @@ class MaskTokenProposer(MaskTokenTarget):
         self.runner: Any = None
         self.chooser = load.LayoutChooser(self.layouts, parallel.longest)
         self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
+        self.verified: list[int] = []
+        """Drafts that each request of the running step verifies."""
 
     def load_model(self, target: torch.nn.Module) -> None:
         """Installs mask rows in the loaded target; vLLM compiles and profiles it afterwards."""
@@ -57,9 +59,10 @@ class MaskTokenProposer(MaskTokenTarget):
         batch = self.runner.input_batch
         num_requests = batch.num_reqs
         lengths = self._lengths(num_requests)
+        rows = np.diff(self.runner.query_start_loc.np[: num_requests + 1])
+        self.verified, self.num_rows = (rows - 1).tolist(), int(rows.sum())
         if not any(lengths):
             return None
-        rows = np.diff(self.runner.query_start_loc.np[: num_requests + 1])
         request_len = batch.num_computed_tokens_cpu[:num_requests] + rows
         known = batch.num_tokens_no_spec[:num_requests]
         # A row past the known tokens is a draft; a chunk that stops short of them ends nothing, however many rows it has.
@@ -84,7 +87,9 @@ class MaskTokenProposer(MaskTokenTarget):
         running = tuple(self.runner.input_batch.req_ids)
         self.last_step = now, running if all(sampled_token_ids) else ()
         if running == requests:
-            self.chooser.observe(sum(map(len, sampled_token_ids)), now - before)
+            states = self.expansion.last
+            rows = self.num_rows + (0 if states is None else states.groups.num_rows)
+            self.chooser.observe(self.verified, [len(tokens) for tokens in sampled_token_ids], rows, now - before)
 
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None
