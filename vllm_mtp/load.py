@@ -8,6 +8,7 @@ without mask rows, plain decoding, is one of them. Where steps overlap and canno
 batch has rows for.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ COST_OF_LOOKING = 0.003  # share of the time that trials of a layout may cost; o
 WORTH_A_TRIAL = 0.9  # share of the best one's tokens a second that a rival must promise
 CLEARLY = 1.02  # a rival must promise this much more to take over; plain decoding takes over even with so much less
 LEARN, FOLLOW = 0.3, 0.5  # how fast a layout's own times correct the forecast, and how fast all follow the machine's mood
+REMEMBER = 0.99  # what is left of such a correction a burst later
 
 
 def candidate_layouts(k: int) -> list[tuple[int, ...]]:
@@ -139,9 +141,9 @@ class LayoutChooser:
         self._buckets: dict[int, _Bucket] = {}
         self._bucket = -1
         self._arm = 0
-        self._left = self._settling = 0
-        self._steps = self._requests = self._rows = 0
-        self._seconds = 0.0
+        self._length, self._settling = BURST, 0
+        self._steps: list[tuple[int, int, float]] = []
+        """Requests, rows and seconds of the steps of the running burst."""
 
     def choose(self, num_requests: int) -> tuple[int, ...]:
         """The layout of a step with `num_requests` requests."""
@@ -166,12 +168,8 @@ class LayoutChooser:
         if self._settling:
             self._settling -= 1
             return
-        self._requests += len(tokens)
-        self._rows += rows
-        self._seconds += seconds
-        self._steps += 1
-        self._left -= 1
-        if self._left == 0:
+        self._steps.append((len(tokens), rows, seconds))
+        if len(self._steps) == self._length:
             self._finish()
             self._start(len(tokens))
 
@@ -207,17 +205,16 @@ class LayoutChooser:
     def _start(self, num_requests: int) -> None:
         """Begins a burst of the best layout, or of a rival that is due."""
         bucket, before = self._known(self._bucket), self._arm
-        self._arm, self._left = bucket.best, TRIAL
+        self._arm, self._length = bucket.best, TRIAL
         if self.cost.precision is not None:
             promises = self._promises(bucket, num_requests)
             bucket.best = self._arm = self._winner(bucket, promises)
-            self._left = BURST
+            self._length = BURST
             rivals = self._rivals(bucket, promises)
             if rivals:
-                self._arm, self._left = max(rivals, key=promises.__getitem__), TRIAL
+                self._arm, self._length = max(rivals, key=promises.__getitem__), TRIAL
         self._settling = SETTLE if self._arm != before else 0
-        self._steps = self._requests = self._rows = 0
-        self._seconds = 0.0
+        self._steps = []
 
     def _rivals(self, bucket: _Bucket, promises: list[float]) -> list[int]:
         """The layouts that are due for a trial.
@@ -227,20 +224,29 @@ class LayoutChooser:
         """
         others = [i for i in range(len(self.layouts)) if i != bucket.best]
         likely = {i for i in others if promises[i] > WORTH_A_TRIAL * promises[bucket.best]}
-        likely |= {i for i in self._plain if not bucket.arms[i].tried}
+        likely |= set(self._plain)
         if bucket.best in self._plain and bucket.bursts >= FIRST_RETRY:
             likely |= set(others[:1])
         return [i for i in sorted(likely - {bucket.best}) if bucket.arms[i].due <= bucket.bursts]
 
     def _finish(self) -> None:
-        """Learns from a burst."""
-        bucket, steps = self._buckets[self._bucket], self._steps
-        arm, seconds = bucket.arms[self._arm], self.agree(self._seconds) / steps
-        requests, rows = self._requests / steps, self._rows / steps
+        """Learns from a burst.
+
+        Its time is the median of its steps', each held against what was forecast of its rows: a neighbour on the machine makes some
+        of them many times as long.
+        """
+        bucket, steps = self._buckets[self._bucket], len(self._steps)
+        arm = bucket.arms[self._arm]
+        requests, rows = (sum(column) / steps for column in list(zip(*self._steps, strict=True))[:2])
+        forecast = self.cost.predict if self.cost.precision is not None else (lambda *_: 1.0)
+        median = statistics.median(seconds / forecast(here, of_them) for here, of_them, seconds in self._steps)
+        seconds = self.agree(median) * forecast(requests, rows)
         if arm.tried:
             surprise = seconds / (self.cost.predict(requests, rows) * arm.slowness * self.mood)
             arm.slowness *= surprise**LEARN
             self.mood *= surprise**FOLLOW
+        for other in bucket.arms:  # an old verdict is worth less, and another trial
+            other.slowness **= REMEMBER
         self.cost.observe(requests, rows, seconds / self.mood)
         if not arm.tried:
             arm.slowness, arm.tried = seconds / self.mood / self.cost.predict(requests, rows), True
