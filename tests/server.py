@@ -1,0 +1,177 @@
+"""A real OpenAI-compatible vLLM server on loopback, in a process group of its own, and what can be seen of it from outside."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_mtp import demo
+
+
+class ServerError(RuntimeError):
+    """The server ended, or did not come up in time."""
+
+
+def free_port() -> int:
+    """A port of the loopback interface that no one listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """`python -m vllm.entrypoints.openai.api_server`; use it as a context manager.
+
+    Args:
+        speculative: the dictionary for --speculative-config, or None: plain vLLM.
+        arguments: further command line arguments.
+        log: file for everything that the server prints.
+        model: base model folder.
+        environment: variables beside this process's own.
+        prefix: a command that starts it, as `taskset -c 0`.
+    """
+
+    def __init__(
+        self,
+        speculative: dict[str, Any] | None,
+        arguments: Sequence[str],
+        log: Path,
+        model: Path | str = demo.BASE,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        self.log, self.port = log, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.command = [*prefix, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        if speculative is not None:
+            self.command += ["--speculative-config", json.dumps(speculative)]
+        # The engine's own process, as in production; tests that look inside an engine switch it off.
+        inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**defaults, **inherited, **(environment or {})},
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, seconds: float = 900) -> None:
+        """Blocks until the server answers.
+
+        Raises:
+            ServerError: it ended, or did not answer in time.
+        """
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise ServerError(f"the server ended with status {self.process.returncode}; its log is {self.log}")
+            if self.healthy():
+                return
+            time.sleep(0.5)
+        raise ServerError(f"the server was not ready after {seconds:.0f} s; its log is {self.log}")
+
+    def healthy(self) -> bool:
+        """Whether /health answers with 200."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def complete(self, timeout: float = 120, **body: Any) -> dict[str, Any]:
+        """The answer of /v1/completions; `error` in it when it was refused or failed."""
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return dict(json.load(answer))
+        except urllib.error.HTTPError as error:
+            return dict(json.load(error))
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges at /metrics by name, with the position behind those that have one (`name/2`)."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("vllm:") and not sample.name.endswith(("_bucket", "_created")):
+                    name = sample.name + (f"/{sample.labels['position']}" if "position" in sample.labels else "")
+                    found[name] = found.get(name, 0.0) + sample.value
+        return found
+
+    def processes(self) -> list[psutil.Process]:
+        """The server's process and all that it started."""
+        try:
+            parent = psutil.Process(self.process.pid)
+            return [parent, *parent.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def usage(self) -> dict[str, Any]:
+        """Memory [MiB], processor time [s], open files and threads of all its processes together; memory of each too."""
+        each = {}
+        total = {"pss": 0.0, "private": 0.0, "cpu_seconds": 0.0, "files": 0, "threads": 0}
+        for process in self.processes():
+            try:
+                sizes = _rollup(process.pid)
+                times = process.cpu_times()
+                each[f"{process.name()} {process.pid}"] = round(sizes["Pss"], 2)
+                total["pss"] += sizes["Pss"]
+                total["private"] += sizes["Private_Dirty"] + sizes["Private_Clean"]
+                total["cpu_seconds"] += times.user + times.system
+                total["files"] += process.num_fds()
+                total["threads"] += process.num_threads()
+            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                continue
+        return {**{name: round(value, 2) for name, value in total.items()}, "processes": each}
+
+    def stop(self, seconds: float = 60) -> int:
+        """Ends it as an operator would, with SIGTERM to its first process; kills what is left of the group.
+
+        Returns:
+            Its exit status.
+        """
+        children = self.processes()[1:]
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        _, left = psutil.wait_procs(children, timeout=10)
+        for process in left:
+            process.send_signal(signal.SIGKILL)
+        return status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.stop()
+
+
+def _rollup(pid: int) -> dict[str, float]:
+    """Sizes of a process's memory by the kernel's names (proc(5), smaps_rollup) [MiB]."""
+    sizes = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, _, value = line.partition(":")
+        sizes[name] = int(value.split()[0]) / 1024
+    return sizes

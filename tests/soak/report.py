@@ -1,0 +1,125 @@
+"""From the samples of a run to its figures, the bars that it missed, and a plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WINDOW_MINUTES = 10.0
+TOLERANCE = 0.02
+ACCEPTED, DRAFTS, DRAFTED = (
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+)
+AT_POSITION = "spec_decode_num_accepted_tokens_per_pos_total"
+LEFT_OVER = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+"""Gauges that are 0 when nothing runs."""
+
+
+def kept(name: str) -> bool:
+    """Whether a metric of vLLM is worth its place in the samples."""
+    name = name.removeprefix("vllm:")
+    return name.startswith("spec_decode") or name in (*LEFT_OVER, "num_preemptions_total", "generation_tokens_total")
+
+
+def acceptance(samples: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Between the first and the last of `samples`: tokens of a verification (1 + accepted / drafts, vLLM's mean acceptance length),
+    and how often the first draft was accepted."""
+    first, last = samples[0]["metrics"], samples[-1]["metrics"]
+    grown = {name: last.get(name, 0) - first.get(name, 0) for name in (ACCEPTED, DRAFTS, f"{AT_POSITION}/0")}
+    if not grown[DRAFTS]:
+        return None
+    return {
+        "length": 1 + grown[ACCEPTED] / grown[DRAFTS],
+        "first_draft": grown[f"{AT_POSITION}/0"] / grown[DRAFTS],
+        "verifications": grown[DRAFTS],
+    }
+
+
+def _between(samples: Sequence[dict[str, Any]], begin: float, end: float) -> list[dict[str, Any]]:
+    return [sample for sample in samples if begin * 60 - 1 <= sample["at"] <= end * 60 + 11]
+
+
+def _memory(samples: Sequence[dict[str, Any]]) -> float:
+    return float(np.median([sample["pss"] for sample in samples]))
+
+
+def figures(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures, and the bars that were missed by name.
+
+    Memory at the start is the median over ten minutes after the warm-up, at the end over the last ten; acceptance is that of the
+    first and of the last ten minutes of traffic. Shorter runs have windows of a third of the run.
+    """
+    samples, total = found["samples"], found["samples"][-1]["at"] / 60
+    total = min(total, found["minutes"])
+    window = min(WINDOW_MINUTES, total / 3)
+    after = min(found["warm_up"], total - 2 * window)
+    spans = {"start": (after, after + window), "end": (total - window, total)}
+    memory = {name: _memory(_between(samples, *span)) for name, span in spans.items()}
+    rest = _between(samples, after, total)
+    slope = float(np.polyfit([s["at"] / 3600 for s in rest], [s["pss"] for s in rest], 1)[0]) if len(rest) > 2 else 0.0
+    accepted = [acceptance(_between(samples, *span)) for span in ((0, window), (total - window, total))]
+    lengths = [found_["length"] for found_ in accepted if found_ is not None]
+    last = samples[-1]
+    left = {name: last["metrics"].get(name, 0.0) for name in LEFT_OVER}
+    failed = sum(counts.get("failed", 0) for counts in found.get("outcomes", {}).values())
+    missed = []
+    if abs(memory["end"] / memory["start"] - 1) > TOLERANCE:
+        missed.append("memory")
+    judged = found["speculative"]["layout"] != "auto"
+    if len(lengths) < 2 or (judged and abs(lengths[1] / lengths[0] - 1) > TOLERANCE):
+        missed.append("acceptance")
+    if failed or found.get("unanswered"):
+        missed.append("errors")
+    if found["differing"] or not found["compared"]:
+        missed.append("equality")
+    if any(left.values()):
+        missed.append("left over")
+    if found.get("server_status") is not None or not found.get("complete"):
+        missed.append("server")
+    return {
+        "minutes": round(total, 1),
+        "requests": found["sent"],
+        "tokens_received": found["tokens"],
+        "outcomes": found.get("outcomes"),
+        "errors": failed + found.get("unanswered", 0),
+        "compared_with_plain": found["compared"],
+        "differing": found["differing"],
+        "window_minutes": window,
+        "memory_mib": {**memory, "change": memory["end"] / memory["start"] - 1, "slope_mib_per_hour": slope},
+        "acceptance": {
+            "first": accepted[0],
+            "last": accepted[1],
+            "change": lengths[1] / lengths[0] - 1 if len(lengths) > 1 else None,
+        },
+        "files": [rest[0]["files"], rest[-1]["files"]],
+        "threads": [rest[0]["threads"], rest[-1]["threads"]],
+        "preemptions": last["metrics"].get("num_preemptions_total"),
+        "left_over_at_the_end": left,
+        "cores_used": round((samples[-1]["cpu_seconds"] - samples[0]["cpu_seconds"]) / (samples[-1]["at"] - samples[0]["at"]), 3),
+        "missed": missed,
+    }
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Memory, and acceptance of every five minutes, over time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    samples = found["samples"]
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(9, 6))
+    top.plot([s["at"] / 60 for s in samples], [s["pss"] for s in samples], linewidth=0.9)
+    top.axvline(found["warm_up"], color="grey", linestyle=":", label="end of the warm-up")
+    top.set(ylabel="PSS of the server's processes [MiB]", ylim=(0, 1.15 * max(s["pss"] for s in samples)))
+    top.legend(loc="lower right")
+    ends = np.arange(5.0, samples[-1]["at"] / 60 + 0.2, 5.0)
+    points = [(end, acceptance(_between(samples, end - 5, end))) for end in ends if len(_between(samples, end - 5, end)) > 1]
+    bottom.plot([end - 2.5 for end, _ in points], [a["length"] if a else np.nan for _, a in points], marker="o")
+    bottom.set(xlabel="minutes", ylabel="mean acceptance length, 5 minutes", ylim=(1, None))
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
