@@ -217,7 +217,9 @@ def load_tensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, "pt") as file:
             for name in names:
-                tensors[name] = file.get_tensor(name)
+                # A copy: what safetensors gives lies in the mapped file, changes with it, and ends the process with a bus error
+                # when the file becomes shorter.
+                tensors[name] = file.get_tensor(name).clone()
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} cannot be loaded ({error}): download or write the adapter again.") from None
     for name, tensor in tensors.items():

@@ -167,3 +167,13 @@ def test_is_adapter_never_raises(path: str, adapter_folder: Path, base_folder: P
     assert not is_adapter(path)
     assert is_adapter(adapter_folder)
     assert not is_adapter(base_folder)
+
+
+def test_a_loaded_adapter_does_not_change_with_its_files(adapter_folder: Path) -> None:
+    adapter = read_adapter(adapter_folder)
+    for file in adapter_folder.glob("*.safetensors"):
+        with file.open("r+b") as opened:
+            opened.write(bytes(file.stat().st_size))
+    assert adapter.mask_embeddings.abs().sum() > 0
+    for name, weights in adapter.lora.items():
+        assert weights.a.abs().sum() > 0, name
