@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vllm_mtp.breaker import Breaker
 from vllm_mtp.gated_lora import RowSplit
 from vllm_mtp.layout import Groups
 from vllm_mtp.mask_attention import MaskAttention
@@ -44,6 +45,8 @@ class Expansion:
         request_loras: what requests bring of their own.
         next_step: the plan of the running step, None if it has no mask rows.
         warming_up: whether the running step is a profiling or warm-up run.
+        breaker: opens when planning, or a forward with mask rows, fails; the step then runs as it would without us.
+        rewind: makes the running step ready for a second forward; raises where it cannot have one.
         compile: makes the compiled form of a forward; None: the engine runs eagerly.
         states: where the states of mask rows are kept, [most mask rows, d], when they must outlive the replay of a CUDA graph.
     """
@@ -55,6 +58,8 @@ class Expansion:
     request_loras: RequestLoRAs
     next_step: Callable[[], PlannedStep | None]
     warming_up: Callable[[], bool]
+    breaker: Breaker
+    rewind: Callable[[], None]
     compile: Callable[[Forward], Forward] | None = None
     states: torch.Tensor | None = None
     last: MaskStates | None = None
@@ -84,16 +89,34 @@ class Expansion:
                 self._compile(positions, self._embeds(input_ids, inputs_embeds))
             step = None
         else:
-            step = self.next_step()
-        if step is None:
-            return self.inner(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        groups, num_real = step.groups, step.groups.num_real  # rows behind num_real are padding
-        embeds = self._embeds(input_ids, inputs_embeds)[:num_real]
-        embeds = torch.cat([embeds, self.mask_embeddings[groups.mask_index]])
-        positions = torch.cat([positions[:num_real], step.positions.to(positions.dtype)])
-        self.attention.begin(step.sequences, step.metadata)
-        self.rows.begin(num_real, num_real + groups.num_rows)
+            step = self._planned()
+        if step is not None:
+            try:
+                return self._with_mask_rows(step, positions, self._embeds(input_ids, inputs_embeds))
+            except Exception as error:
+                if step.replayed:  # this is its capture
+                    raise
+                # Real rows write the same K/V to the same slots again. If the base is what failed, it fails again, in vLLM's hands.
+                self.rewind()
+                self.breaker.trip("running a forward with mask rows", error)
+        return self.inner(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def _planned(self) -> PlannedStep | None:
+        if self.breaker.is_open:
+            return None
         try:
+            return self.next_step()
+        except Exception as error:
+            self.breaker.trip("planning a step", error)
+            return None
+
+    def _with_mask_rows(self, step: PlannedStep, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        groups, num_real = step.groups, step.groups.num_real  # rows behind num_real are padding
+        embeds = torch.cat([embeds[:num_real], self.mask_embeddings[groups.mask_index]])
+        positions = torch.cat([positions[:num_real], step.positions.to(positions.dtype)])
+        try:
+            self.attention.begin(step.sequences, step.metadata)
+            self.rows.begin(num_real, num_real + groups.num_rows)
             with self.request_loras.mapped(groups):
                 hidden = self.expanded(positions, embeds)
         finally:

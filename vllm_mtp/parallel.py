@@ -33,6 +33,13 @@ def unembedding(target: Any, vocab_size: int) -> Unembedding | None:
     return Unembedding(weight, first, end, tensor_model_parallel_all_reduce) if weight.shape[0] >= end - first else None
 
 
+def num_ranks() -> int:
+    """Tensor-parallel ranks of the engine."""
+    from vllm.distributed import get_tp_group
+
+    return int(get_tp_group().world_size)
+
+
 def longest(seconds: float) -> float:
     """The longest of the times that the tensor-parallel ranks bring; all ranks must call it, and get the same.
 

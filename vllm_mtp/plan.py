@@ -58,12 +58,14 @@ class PlannedStep:
         groups: its mask rows.
         positions: of the mask rows, [M].
         sequences, metadata: what the attention of mask rows has planned and prepared (`MaskAttention`).
+        replayed: as `EngineStep` has it.
     """
 
     groups: Groups
     positions: torch.Tensor
     sequences: Any
     metadata: object
+    replayed: bool = False
 
 
 def most_groups(layouts: Iterable[tuple[int, ...]], max_requests: int, max_mask_rows: int) -> int:
@@ -126,7 +128,7 @@ class Planner:
         planned = PlannedStep(groups, groups.positions(prefix_len, self.max_model_len), sequences, None)
         if step.replayed:
             planned = self._where_it_stood((step.num_rows, step.num_drafts, step.lengths), planned)
-        planned.metadata = self.attention.prepare(planned.sequences)
+        planned.metadata, planned.replayed = self.attention.prepare(planned.sequences), step.replayed
         self.counters.steps += 1
         self.counters.real_rows += num_real
         self.counters.mask_rows += groups.num_rows

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_mtp import compiled, gated_lora, load, parallel
 from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
+from vllm_mtp.breaker import Breaker
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.cpu_attention import CpuCombAttention, kernels_load, supports
 from vllm_mtp.cpu_linear import PackedSampler, with_kernels, with_packed_products
@@ -46,6 +47,7 @@ class MaskTokenTarget:
         k: most drafts a request.
         layouts: the layouts that steps may have; one, unless the operator leaves the choice to us.
         planner, expansion, drafter: the parts, once installed.
+        breaker: opens when one of them fails.
         draft, sample_drafts: the drafter's `__call__` and, if drafts are probabilistic, its `sample`, once bound.
     """
 
@@ -57,6 +59,7 @@ class MaskTokenTarget:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = vllm_config
+        self.breaker = Breaker(parallel.num_ranks)
         self.options = ServingOptions.model_validate(cast(dict[str, Any], vllm_config.additional_config)["mtp"])
         self.k = self.options.num_speculative_tokens
         self.max_model_len = vllm_config.model_config.max_model_len
@@ -118,10 +121,26 @@ class MaskTokenTarget:
             request_loras=request_loras,
             next_step=next_step,
             warming_up=_warming_up,
+            breaker=self.breaker,
+            rewind=self._rewind,
             compile=compiled.compiler(self.config),
             states=embeddings.new_zeros(self.max_mask_rows, embeddings.shape[1]) if keep_states else None,
         )
         self.drafter = self._drafter(model, adapter, request_loras, dtype, device)
+
+    def _rewind(self) -> None:
+        """Makes the running step ready for a second forward.
+
+        Raises:
+            RuntimeError: a KV connector has seen some of its layers already, and would take those that follow for others.
+        """
+        from vllm.forward_context import get_forward_context
+
+        if self.config.kv_transfer_config is not None:
+            raise RuntimeError("a step of a server with a KV connector cannot run again")
+        context = get_forward_context()
+        if hasattr(context, "moe_layer_index"):  # layers of experts count themselves, in later releases
+            context.moe_layer_index = 0
 
     def _mask_attention(self, model: torch.nn.Module, rows: gated_lora.RowSplit, *, in_place: bool) -> MaskAttention:
         """The attention of mask rows, put into the layers of `model`.

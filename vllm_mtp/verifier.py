@@ -9,6 +9,8 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
+from vllm_mtp.breaker import Breaker
+
 REJECTED = -1
 """What stands behind the tokens of a request in the sampler's output (rejection_sampler.py, PLACEHOLDER_TOKEN_ID)."""
 
@@ -60,7 +62,7 @@ def _takes_the_best(sampling: Any) -> bool:
     )
 
 
-def before(sampler: Any) -> Callable[..., Any]:
+def before(sampler: Any, breaker: Breaker) -> Callable[..., Any]:
     """The forward of a rejection sampler with greedy steps taken out of it.
 
     vLLM's own is made for an accelerator, where its three dozen operations are launched and forgotten; on a CPU they are a fifth of
@@ -68,17 +70,22 @@ def before(sampler: Any) -> Callable[..., Any]:
 
     Args:
         sampler: vLLM's RejectionSampler.
+        breaker: opens when ours fails; vLLM's then verifies this step and all others.
     """
     original = sampler.forward
     if sampler.synthetic_mode:
         return original
 
     def forward(metadata: Any, draft_probs: torch.Tensor | None, logits: torch.Tensor, sampling_metadata: Any) -> Any:
-        if not _takes_the_best(sampling_metadata):
+        if breaker.is_open or not _takes_the_best(sampling_metadata):
             return original(metadata, draft_probs, logits, sampling_metadata)
-        tokens = greedy_tokens(
-            logits.float().numpy().argmax(-1), metadata.draft_token_ids.numpy(), np.array(metadata.num_draft_tokens)
-        )
+        try:
+            tokens = greedy_tokens(
+                logits.float().numpy().argmax(-1), metadata.draft_token_ids.numpy(), np.array(metadata.num_draft_tokens)
+            )
+        except Exception as error:
+            breaker.trip("verifying drafts", error)
+            return original(metadata, draft_probs, logits, sampling_metadata)
         return SamplerOutput(sampled_token_ids=torch.from_numpy(tokens), logprobs_tensors=None)
 
     return forward

@@ -15,7 +15,7 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams, envs
 
-from vllm_mtp import demo
+from vllm_mtp import breaker, demo
 from vllm_mtp.adapter import LoRAWeights, base_facts, linear_shapes, write_adapter
 from vllm_mtp.config import AdapterConfig
 from vllm_mtp.sampler_head import SamplerHead
@@ -107,6 +107,14 @@ class Engines:
         self.engine, self.key = None, ""
         gc.collect()
         envs.disable_envs_cache()  # the next engine reads the environment anew, whether this one's teardown has run or not
+
+
+@pytest.fixture(autouse=True)
+def nothing_fails() -> Iterator[None]:
+    """Speculation goes on to the end of every test: outputs would be plain vLLM's without it too."""
+    before = breaker.failures.copy()
+    yield
+    assert breaker.failures == before
 
 
 @pytest.fixture(scope="session")

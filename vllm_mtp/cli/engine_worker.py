@@ -60,10 +60,15 @@ def main() -> None:
     try:
         from vllm import LLM
 
+        from vllm_mtp.breaker import failures
+
         llm = LLM(**json.loads(sys.stdin.readline()))
         reply({"ready": True})
         for line in sys.stdin:
-            reply(_generate(llm, json.loads(line)))
+            generation = _generate(llm, json.loads(line))
+            if failures:
+                raise RuntimeError(f"speculation ended while {failures[0]}")
+            reply(generation)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

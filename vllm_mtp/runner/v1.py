@@ -49,7 +49,7 @@ class MaskTokenProposer(MaskTokenTarget):
         # near it.
         runner.effective_drafter_max_model_len = self.max_model_len + self.k
         if current_platform.is_cpu() and not again:
-            runner.rejection_sampler.forward = verifier.before(runner.rejection_sampler)
+            runner.rejection_sampler.forward = verifier.before(runner.rejection_sampler, self.breaker)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         return self.layouts[0] if len(self.layouts) == 1 else self.chooser.choose(num_requests)
@@ -101,6 +101,14 @@ class MaskTokenProposer(MaskTokenTarget):
         Args:
             sampled_token_ids: what each request's rows gave this step, accepted drafts and one token more; empty for prompt chunks.
         """
+        if not self.breaker.is_open:
+            try:
+                return self._drafts(sampled_token_ids, num_tokens_no_spec)
+            except Exception as error:
+                self.breaker.trip("drafting", error)
+        return [[] for _ in sampled_token_ids]
+
+    def _drafts(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any) -> list[list[int]]:
         begin = time.perf_counter()
         if len(self.layouts) > 1:
             self._observe(begin, sampled_token_ids)

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_mtp import load
+from vllm_mtp.layout import Groups
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.target import MaskTokenTarget
 
@@ -81,8 +82,8 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
             metadata = prepare_attn(
                 input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, for_capture, **kwargs
             )
-            step = self._step(input_batch, block_tables[0], cudagraph_mode == CUDAGraphMode.FULL or for_capture, for_capture)
-            self.planned = None if step is None else self.planner.plan(step)
+            replayed = cudagraph_mode == CUDAGraphMode.FULL or for_capture
+            self.planned = self._plan(input_batch, block_tables[0], replayed, for_capture)
             return metadata
 
         state.prepare_attn = prepare_and_plan  # type: ignore[method-assign, assignment]
@@ -96,6 +97,23 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         if len(self.layouts) == 1:
             return self.layouts[0]
         return load.widest_comb(self.layouts, num_requests, self.max_rows, self.max_mask_rows)
+
+    def _plan(self, batch: InputBatch, block_table: torch.Tensor, replayed: bool, capture: bool) -> PlannedStep | None:
+        """The plan of the step that vLLM is about to run, None where it has no mask rows.
+
+        A graph has mask rows whatever happened, and its attention goes by the plan: it is given one after the breaker has opened
+        too, and without one the engine must end.
+        """
+        if self.breaker.is_open and not replayed:
+            return None
+        try:
+            step = self._step(batch, block_table, replayed, capture)
+            return None if step is None else self.planner.plan(step)
+        except Exception as error:
+            if replayed:
+                raise
+            self.breaker.trip("planning a step", error)
+            return None
 
     def _step(self, batch: InputBatch, block_table: torch.Tensor, replayed: bool, capture: bool) -> EngineStep | None:
         """The step that vLLM is about to run, None where it has no mask rows."""
@@ -156,13 +174,32 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
             return drafts.zero_()
         # A greedy request's drafts need no distribution, so a step without any other costs what greedy drafts cost.
         sampling = self.probabilistic and bool((self.sampling_states.temperature.np[input_batch.idx_mapping_np] > 0).any())
-        if self.planned is None:
-            if sampling:  # the distribution of a certain draft
-                self._publish(requests, torch.zeros_like(self.candidates[requests]))
-            return drafts.zero_()
+        if self.planned is not None and not self.breaker.is_open:
+            try:
+                return self._draft(
+                    drafts, self.planned.groups, input_batch, num_sampled, num_rejected, last_sampled, temperature, seeds, sampling
+                )
+            except Exception as error:
+                self.breaker.trip("drafting", error)
+        if sampling:  # the distribution of a certain draft
+            self._publish(requests, torch.zeros_like(self.candidates[requests]))
+        return drafts.zero_()
+
+    def _draft(
+        self,
+        drafts: torch.Tensor,
+        groups: Groups,
+        input_batch: InputBatch,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        sampling: bool,
+    ) -> torch.Tensor:
+        num_requests, requests = input_batch.num_reqs, input_batch.idx_mapping
         states = self.expansion.states
         assert states is not None
-        groups = self.planned.groups
         rows = groups.draft_rows(num_sampled - 1, self.k)
         sampled = last_sampled.view(-1)[requests].long()
         hidden = states[: groups.num_rows]
