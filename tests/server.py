@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -115,6 +116,24 @@ class Server:
                     name = sample.name + (f"/{sample.labels['position']}" if "position" in sample.labels else "")
                     found[name] = found.get(name, 0.0) + sample.value
         return found
+
+    def num_blocks(self) -> int:
+        """KV blocks of its cache, by the labels of vLLM's own metric."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            found = re.search(r'num_gpu_blocks="(\d+)"', answer.read().decode())
+        if found is None:
+            raise ServerError("the server does not say how many blocks it has")
+        return int(found[1])
+
+    def wait_until_idle(self, seconds: float = 30) -> dict[str, float]:
+        """Its metrics once nothing runs or waits, or after `seconds`."""
+        end = time.monotonic() + seconds
+        while True:
+            metrics = self.metrics()
+            busy = metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"] + metrics["vllm:kv_cache_usage_perc"]
+            if not busy or time.monotonic() > end:
+                return metrics
+            time.sleep(0.5)
 
     def processes(self) -> list[psutil.Process]:
         """The server's process and all that it started."""

@@ -33,7 +33,7 @@ from vllm_mtp.cli.measure import machine
 
 SAMPLE_SECONDS, SAVE_SECONDS, DRAIN_SECONDS = 10.0, 60.0, 120.0
 # A cache of 64 blocks: the first cycle touches all of them, and bursts of 28 requests make the scheduler preempt some.
-ARGUMENTS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "24", "--kv-cache-memory-bytes", str(32 << 20))
+ARGUMENTS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "24", "--num-gpu-blocks-override", "64")
 NUM_DRAFTS = 4
 
 

@@ -32,14 +32,15 @@ class Answer:
         return sum(len(tokens) for tokens, *_ in self.choices)
 
 
-async def send(session: aiohttp.ClientSession, url: str, request: Asked, salt: str) -> Answer:
+async def send(session: aiohttp.ClientSession, url: str, request: Asked, salt: str, timeout: float = TIMEOUT) -> Answer:
     """Sends one request.
 
     Args:
         salt: requests share cached prefixes with those of the same salt only.
+        timeout: seconds after which it has failed.
     """
     try:
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(timeout):
             return await _send(session, url, request, salt)
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError) as error:
         return Answer("failed", f"{type(error).__name__}: {error}")
