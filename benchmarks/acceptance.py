@@ -26,6 +26,7 @@ from vllm_mtp.adapter import read_adapter, write_adapter
 from vllm_mtp.cli.engine import EngineProcess, Output, tokens_per_forward
 from vllm_mtp.cli.measure import machine
 from vllm_mtp.train.evaluate import loops, novel_length
+from vllm_mtp.whole_files import write_whole
 
 PARTS = ("all", "novel", "looping", "not_looping")
 CONCURRENCY = 16
@@ -148,7 +149,10 @@ def main() -> None:
                     without_sampler(options.adapter, adapter)
             found = measure(options, adapter, k, layout, drafts, logs / f"{sampler}-{layout}-{k}-{drafts}.log")
             report["rows"].append({"k": k, "layout": layout, "sampler": sampler == "yes", "drafts": drafts, "figures": found})
-            options.output.write_text(json.dumps(report, indent=2) + "\n")
+            try:
+                write_whole(options.output, json.dumps(report, indent=2) + "\n")
+            except OSError as error:
+                sys.exit(f"error: {error}")
             print(table(report["rows"]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(report["rows"]))
 

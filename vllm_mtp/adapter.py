@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vllm_mtp.base_model import base_facts, check_facts, fingerprint_folder, fingerprint_tensors, linear_shapes
@@ -197,6 +198,7 @@ def write_adapter(
     Raises:
         AdapterError: what was to be written could not be read again; nothing is left behind.
         FileExistsError: the folder holds something else.
+        OSError: it cannot be written; nothing is left behind.
     """
     folder = Path(folder)
     if folder.exists() and not is_adapter(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -225,8 +227,10 @@ def write_adapter(
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{folder} could not be written: {error}") from error
         raise
 
 

@@ -66,7 +66,7 @@ def _print(rows: dict[str, dict[str, Any]]) -> None:
     table = Table("fault", *(column.replace("_", " ") for column in COLUMNS), "as documented")
     for name, row in rows.items():
         table.add_row(name.replace("_", " "), *(str(row[column]) for column in COLUMNS), str(row.get("as_documented", "")))
-    Console().print(table)
+    Console(width=140).print(table)
     for name, row in rows.items():
         for missed in row.get("missed", []):
             print(f"{name}: {missed}")

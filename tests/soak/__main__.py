@@ -30,6 +30,7 @@ from tests.soak.client import Answer, send
 from tests.soak.traffic import CYCLE_SECONDS, Asked, cycle
 from vllm_mtp import demo
 from vllm_mtp.cli.measure import machine
+from vllm_mtp.whole_files import write_whole
 
 SAMPLE_SECONDS, SAVE_SECONDS, DRAIN_SECONDS = 10.0, 60.0, 120.0
 # A cache of 64 blocks: the first cycle touches all of them, and bursts of 28 requests make the scheduler preempt some.
@@ -89,9 +90,7 @@ class Soak:
         """Writes the file, whole or not at all."""
         outcomes = {kind: dict(sorted(counts.items())) for kind, counts in sorted(self.outcomes.items())}
         text = json.dumps({**self.found, "outcomes": outcomes, "complete": complete}, indent=1)
-        part = self.output.with_suffix(".part")
-        part.write_text(text + "\n")
-        part.replace(self.output)
+        write_whole(self.output, text + "\n")
 
     async def run(self, server: Server, minutes: float, progress: Progress) -> None:
         """Traffic for `minutes`, then whatever runs is waited for."""

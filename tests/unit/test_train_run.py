@@ -19,6 +19,7 @@ from vllm_mtp.train.export import from_adapter
 from vllm_mtp.train.model import MaskedModel
 from vllm_mtp.train.on_policy import continue_prompts
 from vllm_mtp.train.run import train
+from vllm_mtp.train.trainer import last_checkpoint
 
 
 def run_config(folder: Path, **options: object) -> TrainConfig:
@@ -163,3 +164,15 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path, arguments: l
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_gone_on_from(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    train(config)
+    newest = config.output / "checkpoint-4"
+    assert last_checkpoint(config.output) == str(newest)
+    state = newest / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:-20])  # killed while it was written
+    assert last_checkpoint(config.output) == str(config.output / "checkpoint-2")
+    train(config)
+    assert last_checkpoint(config.output) == str(newest)

@@ -15,6 +15,7 @@ from vllm_mtp.cli.engine import EngineError, EngineProcess, tokens_per_forward
 from vllm_mtp.cli.measure import Comparison, compare, machine, num_identical
 from vllm_mtp.cli.show import print_completion, print_error, print_table
 from vllm_mtp.demo import prompts as held_out_prompts
+from vllm_mtp.whole_files import write_whole
 
 CONCURRENCIES = (1, 16)
 PROMPTS_BY_CONCURRENCY = {1: 24, 16: 64}
@@ -106,7 +107,11 @@ def run(options: DemoOptions) -> int:
         return 1
     if options.json_file is not None:
         # Paths below this folder as they are in it: the file is for other machines too.
-        options.json_file.write_text(json.dumps(report, indent=2).replace(f'"{Path.cwd()}/', '"') + "\n")
+        try:
+            write_whole(options.json_file, json.dumps(report, indent=2).replace(f'"{Path.cwd()}/', '"') + "\n")
+        except OSError as error:
+            print_error(error)
+            return 1
     return 0 if report["float32"]["identical"] == report["float32"]["num_prompts"] else 2
 
 

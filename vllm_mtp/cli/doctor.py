@@ -21,7 +21,9 @@ from rich.text import Text
 
 from vllm_mtp.cli.engine import EngineError, EngineProcess, tokens_per_forward
 from vllm_mtp.cli.measure import PACKAGES, machine, num_identical
+from vllm_mtp.cli.show import print_error
 from vllm_mtp.safe_files import one_line
+from vllm_mtp.whole_files import write_whole
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
@@ -384,5 +386,9 @@ def run(options: DoctorOptions) -> int:
         if to_stdout:
             sys.stdout.write(text)
         else:
-            options.json_file.write_text(text)
+            try:
+                write_whole(options.json_file, text)
+            except OSError as error:
+                print_error(error)
+                return 1
     return 1 if doctor.failed else 0

@@ -10,7 +10,6 @@ from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_mtp.adapter import fingerprint_folder, read_adapter
 from vllm_mtp.train.config import TrainConfig
@@ -18,7 +17,8 @@ from vllm_mtp.train.data import DataError, Sequences, read_documents, token_stre
 from vllm_mtp.train.export import export, load_adapter
 from vllm_mtp.train.model import MaskedModel
 from vllm_mtp.train.on_policy import on_policy_sequences
-from vllm_mtp.train.trainer import Evaluation, MaskTrainer
+from vllm_mtp.train.trainer import Evaluation, MaskTrainer, last_checkpoint
+from vllm_mtp.whole_files import whole, write_whole
 
 PROMPT_TOKENS = 192
 # They change what is reported, how long and how fast, not what is trained.
@@ -82,7 +82,7 @@ def train(config: TrainConfig) -> Path:
     )
     trainer = MaskTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule), callbacks=callbacks)
     start = time.time()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(config.output)))
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output))
     last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     figures: dict[str, object] = {
         "seconds_since_last_resume": round(time.time() - start),
@@ -103,7 +103,7 @@ def _claim_output(config: TrainConfig) -> None:
             if before.get(name) != value:
                 found = f"{config.output} holds a run with {name}={before.get(name)}, now {value}"
                 raise DataError(f"{found}: choose another output, or the same option.")
-    file.write_text(json.dumps(options, indent=2) + "\n")
+    write_whole(file, json.dumps(options, indent=2) + "\n")
 
 
 def _on_policy(model: MaskedModel, stream: torch.Tensor, end: int | None) -> dict[str, torch.Tensor] | None:
@@ -128,7 +128,8 @@ def _on_policy(model: MaskedModel, stream: torch.Tensor, end: int | None) -> dic
                 progress.update(task, completed=done)
             else:
                 tensors = done
-    save_file(tensors, path, {"made_for": made_for})
+    with whole(path) as part:
+        save_file(tensors, part, {"made_for": made_for})
     return tensors
 
 

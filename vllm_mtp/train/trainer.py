@@ -1,12 +1,17 @@
 """transformers' Trainer with checkpoints of what is trained, every term of the loss in the log, and tokens per forward."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vllm_mtp.train.evaluate import tokens_per_forward
 from vllm_mtp.train.model import MaskedModel
@@ -41,6 +46,14 @@ class MaskTrainer(Trainer):
     def _masked_model(self) -> MaskedModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's for a full disk is a RuntimeError
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"checkpoint {folder} could not be written: {error}") from error
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +61,21 @@ class MaskTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._masked_model().load_trainable(load_file(Path(resume_from_checkpoint) / WEIGHTS))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in `folder`. The Trainer writes its state last; a killed run may leave one without it."""
+
+    def whole(checkpoint: Path) -> bool:
+        try:
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        except (OSError, ValueError):
+            return False
+        return True
+
+    checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
+    newest_first = sorted(checkpoints, key=lambda path: -int(path.name.rpartition("-")[2]))
+    return next((str(path) for path in newest_first if whole(path)), None)
 
 
 class Evaluation(TrainerCallback):

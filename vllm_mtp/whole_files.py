@@ -1,0 +1,38 @@
+"""Files that are there whole or not at all, also when the disk is full or the process is killed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; what was written takes the place of `path` at the end of the block.
+
+    Raises:
+        OSError: it cannot be written. Nothing is left behind, and what stood at `path` still does.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} could not be written: {reason}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
