@@ -51,8 +51,9 @@ class MaskTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's for a full disk is a RuntimeError
+            free = shutil.disk_usage(self.args.output_dir).free >> 10  # type: ignore[arg-type]
             shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"checkpoint {folder} could not be written: {error}") from error
+            raise OSError(f"checkpoint {folder} could not be written (free space on its disk: {free} KiB): {error}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
