@@ -139,7 +139,10 @@ def main() -> None:
         "rows": [],
     }
     logs = options.output.with_suffix(".logs")
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as folder:
         for sampler, layout, k, drafts in itertools.product(options.samplers, options.layouts, options.k, options.drafts):
             adapter = options.adapter

@@ -13,8 +13,8 @@ class Breaker:
     """Opens at the first exception in code of ours, and stays open: from then on steps have no mask rows and no drafts, as in plain
     vLLM, until the server is started anew. What has failed once would mostly fail in the next step too.
 
-    Where a model is split over ranks it does not open, and the exception ends the engine: a rank that leaves mask rows out while
-    another one has them would wait for it forever.
+    Where a model is split over ranks it does not open, and the rank ends, and with it the engine: a rank that leaves mask rows out
+    while another one has them would wait for it forever.
 
     Args:
         num_ranks: tensor-parallel ranks of the engine.
@@ -40,11 +40,17 @@ class Breaker:
             error: the exception that is being handled.
 
         Raises:
-            Exception: `error`, where the engine must end.
+            SystemExit: the rank must end.
         """
         if self.num_ranks() > 1:
-            logger.error("Mask-token prediction failed while %s. The engine ends: its ranks may not differ in a step.", part)
-            raise error
+            logger.error(
+                "Mask-token prediction failed while %s. The engine ends, for its ranks may not differ in a step.",
+                part,
+                exc_info=error,
+            )
+            # vLLM looks for workers that have ended. Of an exception in another rank than the first it learns only when its time
+            # limit for a step is over, 300 s (v1/executor/multiproc_executor.py).
+            raise SystemExit(1) from error
         if self.cause is None:
             self.cause = f"{part}: {type(error).__name__}: {error}"
             failures.append(self.cause)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from vllm_mtp.plugin import register
 from vllm_mtp.selection import ConfigurationError
 
 from .conftest import CACHE_BYTES, Engine, Engines, speculative
+from .test_failures import failing
 
 Plain = Callable[[int, int], list[list[int]]]
 pytestmark = pytest.mark.engine
@@ -95,6 +97,24 @@ def test_ranks_whose_clocks_differ_run_the_same_layouts(engines: Engines, prompt
     first, second = engine.on_ranks(lambda worker: worker.layouts)
     assert first == second
     assert len(set(first)) > 2
+
+
+def fail_on_the_second_rank(worker: Any) -> None:
+    """Its fifth plan raises."""
+    if worker.rank == 1:
+        planner = worker.model_runner.drafter.planner
+        planner.plan, _ = failing(planner.plan, 4)
+
+
+@pytest.mark.full
+def test_a_failure_on_one_rank_ends_the_engine_and_does_not_hang(engines: Engines, prompts: list[str]) -> None:
+    engine = engines(speculative(demo.ADAPTER, 4, max_mask_rows=80), tensor_parallel_size=2)  # an engine of its own: it ends
+    engine.on_ranks(fail_on_the_second_rank)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"."):
+        engine.greedy(prompts[:8], 48)
+    assert time.monotonic() - begin < 40  # vLLM's own time limit for a step is 60 s here
+    engines.close()
 
 
 @pytest.mark.feature("data parallelism of dense models", "works", "on CPUs; not tried on several devices")

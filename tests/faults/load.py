@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,9 +68,13 @@ def leaving(count: int, seed: int = 0) -> list[Asked]:
 
 
 def ask(
-    server: Server, requests: Sequence[Asked], meanwhile: Callable[[], Awaitable[None]] | None = None, at_once: int = 1000
+    server: Server,
+    requests: Sequence[Asked],
+    meanwhile: Callable[[], Awaitable[None]] | None = None,
+    at_once: int = 1000,
+    timeout: float = TIMEOUT,
 ) -> list[Answer]:
-    """Answers to all requests, `at_once` of them at a time, while something else happens."""
+    """Answers to all requests, `at_once` of them at a time, while something else happens; each fails after `timeout` seconds."""
 
     async def run() -> list[Answer]:
         gate = asyncio.Semaphore(at_once)
@@ -78,7 +82,7 @@ def ask(
 
             async def one(request: Asked) -> Answer:
                 async with gate:
-                    return await send(session, server.url, request, "faults", TIMEOUT)
+                    return await send(session, server.url, request, "faults", timeout)
 
             tasks = [asyncio.create_task(one(request)) for request in requests]
             if meanwhile is not None:
@@ -86,6 +90,11 @@ def ask(
             return list(await asyncio.gather(*tasks))
 
     return asyncio.run(run())
+
+
+def failure(answer: Answer) -> str:
+    """What an answer is, for comparing servers: answered, an error that the client sees at once, or silence until it gives up."""
+    return answer.outcome if answer.outcome != "failed" else "silence" if "TimeoutError" in answer.detail else "error"
 
 
 @dataclass
@@ -96,7 +105,7 @@ class Outcome:
         sent: requests.
         answered: as plain vLLM answers them.
         left: by their client.
-        failed: with an error that their client saw, where the documentation says so.
+        failed: with an error that their client saw, where the documentation says so; without a word, where plain vLLM's fail so.
         lost: none of these: wrong, without an end, or failed without a reason.
         restarts: of the server, or its death where it must live.
         blocks_leaked: KV blocks in use when nothing runs.
@@ -116,13 +125,13 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
 
-    def take(self, answers: Sequence[Answer], expected: Sequence[Any] | None = None, *, may_fail: bool = False) -> None:
+    def take(self, answers: Sequence[Answer], expected: Sequence[Any] | None = None, may_fail: Collection[str] = ()) -> None:
         """Counts answers.
 
         Args:
             answers: to count.
             expected: choices of each; None: any answer will do.
-            may_fail: whether failing is as documented.
+            may_fail: kinds of failure (`failure`) that are as documented.
         """
         for i, answer in enumerate(answers):
             self.sent += 1
@@ -130,7 +139,7 @@ class Outcome:
                 self.left += 1
             elif answer.outcome == "answered" and (expected is None or answer.choices == expected[i]):
                 self.answered += 1
-            elif answer.outcome == "failed" and may_fail and "TimeoutError" not in answer.detail:
+            elif failure(answer) in may_fail:
                 self.failed += 1
             else:
                 self.lost += 1
