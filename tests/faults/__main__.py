@@ -26,6 +26,16 @@ from vllm_mtp.cli.measure import machine
 COLUMNS = ("sent", "answered", "left", "failed", "lost", "restarts", "blocks_leaked", "requests_leaked")
 
 
+EPILOG = """Examples:
+
+    python -m tests.faults --output faults.json
+
+    python -m tests.faults --only worker_killed --only kernel_fails --output two.json
+"""
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=EPILOG)
 def main(
     output: Annotated[Path, typer.Option(help="JSON file for every figure; logs go into a folder beside it.")],
     only: Annotated[list[str] | None, typer.Option(help="Name of a fault; repeatable. All of them when left out.")] = None,
@@ -73,4 +83,4 @@ def _print(rows: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

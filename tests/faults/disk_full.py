@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 INSIDE = "VLLM_MTP_TEST_NAMESPACE"
+SIZES = (4, 40, 90, 180, 260)
 CLI = ("-c", "from vllm_mtp.cli.main import app; app()")
 
 
@@ -140,6 +141,14 @@ def acceptance(scratch: Path) -> dict[str, Any]:
     return _measurement(scratch, "acceptance", ["-m", "benchmarks.acceptance", *options], "--output")
 
 
+EPILOG = """Example:
+
+    python -m tests.faults.disk_full --quick --output disk.json
+"""
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=EPILOG)
 def main(
     output: Annotated[Path, typer.Option(help="JSON file for what was found.")],
     quick: Annotated[bool, typer.Option("--quick", help="Leave out what starts engines.")] = False,
@@ -165,7 +174,5 @@ def main(
     raise typer.Exit(1 if any(result["missed"] for result in found.values()) else 0)
 
 
-SIZES = (4, 40, 90, 180, 260)
-
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -36,6 +36,9 @@ SAMPLE_SECONDS, SAVE_SECONDS, DRAIN_SECONDS = 10.0, 60.0, 120.0
 # A cache of 64 blocks: the first cycle touches all of them, and bursts of 28 requests make the scheduler preempt some.
 ARGUMENTS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "24", "--num-gpu-blocks-override", "64")
 NUM_DRAFTS = 4
+WARM_UP_MINUTES = 30.0
+"""oneDNN keeps the 1024 matrix products that it compiled last, one for every number of rows and layer, some 260 KiB each. At the
+default rate it takes half an hour of new batch sizes to fill that; ONEDNN_PRIMITIVE_CACHE_CAPACITY makes it smaller."""
 
 
 class Soak:
@@ -149,10 +152,24 @@ async def plain_answers(server: Server, requests: list[Asked]) -> dict[int, Any]
         return dict(await asyncio.gather(*(one(i, request) for i, request in enumerate(requests) if request.compared)))
 
 
+EPILOG = """Examples:
+
+    python -m tests.soak --minutes 120 --output soak.json
+
+    python -m tests.soak --minutes 3 --warm-up 1 --eager --output try.json
+
+    python -m tests.soak --judge soak.json --warm-up 20
+"""
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=EPILOG)
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file, written anew every minute; a plot beside it.")] = None,
     minutes: Annotated[float, typer.Option(min=0.5, help="Traffic.")] = 120,
-    warm_up: Annotated[float, typer.Option(min=0, help="Minutes after which memory must be flat.")] = 10,
+    warm_up: Annotated[
+        float | None, typer.Option(min=0, help="Minutes after which memory must be flat.", show_default="30")
+    ] = None,
     layout: Annotated[str, typer.Option(help="Of the mask rows. Acceptance is only judged where it is not auto.")] = "quadratic",
     requests_per_minute: Annotated[float, typer.Option(min=1, help="Offered load.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the cycle of requests.")] = 0,
@@ -161,7 +178,8 @@ def main(
 ) -> None:
     """Mixed traffic on a real server: memory and acceptance flat, no error, greedy answers as plain vLLM gives them."""
     if judge is not None:
-        raise typer.Exit(_judge(json.loads(judge.read_text()), judge))
+        found = json.loads(judge.read_text())
+        raise typer.Exit(_judge(found if warm_up is None else {**found, "warm_up": warm_up}, judge))
     if output is None:
         raise typer.BadParameter("give --output a file, or --judge one")
     arguments = [*ARGUMENTS, *(["--enforce-eager"] if eager else [])]
@@ -181,7 +199,7 @@ def main(
             "server": arguments,
             "speculative": speculative | {"model": "demo adapter"},
             "minutes": minutes,
-            "warm_up": warm_up,
+            "warm_up": WARM_UP_MINUTES if warm_up is None else warm_up,
             "requests_per_minute": requests_per_minute,
             "requests_of_a_cycle": len(requests),
             "compared_of_a_cycle": len(expected),
@@ -206,4 +224,4 @@ def _judge(found: dict[str, Any], file: Path) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
