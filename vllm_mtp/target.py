@@ -19,7 +19,7 @@ from vllm_mtp.breaker import Breaker
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.cpu_attention import CpuCombAttention, kernels_load, supports
 from vllm_mtp.cpu_linear import PackedSampler, with_kernels, with_packed_products
-from vllm_mtp.cpu_memory import keep_freed_memory
+from vllm_mtp.cpu_memory import FreedMemory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
 from vllm_mtp.kernels.cpu import DTYPES
@@ -71,8 +71,9 @@ class MaskTokenTarget:
             self.layouts = load.fitting_layouts(self.k, self.max_rows, self.max_mask_rows)
         else:
             self.layouts = [group_lengths(layout, self.k)]
-        if current_platform.is_cpu():
-            keep_freed_memory()
+        self.freed_memory = FreedMemory() if current_platform.is_cpu() else None
+        if self.freed_memory is not None:
+            self.freed_memory.keep()
 
     def install(
         self,

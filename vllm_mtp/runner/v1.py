@@ -101,6 +101,8 @@ class MaskTokenProposer(MaskTokenTarget):
         Args:
             sampled_token_ids: what each request's rows gave this step, accepted drafts and one token more; empty for prompt chunks.
         """
+        if self.freed_memory is not None:
+            self.freed_memory.trim()
         if not self.breaker.is_open:
             try:
                 return self._drafts(sampled_token_ids, num_tokens_no_spec)
