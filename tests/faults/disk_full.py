@@ -105,7 +105,7 @@ def training(scratch: Path, kilobytes: int) -> dict[str, Any]:
 
 def _measurement(scratch: Path, name: str, command: list[str], option: str) -> dict[str, Any]:
     missed = []
-    with disk(scratch / name, 16) as folder:
+    with disk(scratch / name, 64) as folder:
         file = folder / "figures.json"
         file.write_text("{}")
         with (folder / "filler").open("wb") as filler:
