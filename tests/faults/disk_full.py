@@ -108,11 +108,10 @@ def _measurement(scratch: Path, name: str, command: list[str], option: str) -> d
     with disk(scratch / name, 64) as folder:
         file = folder / "figures.json"
         file.write_text("{}")
-        with (folder / "filler").open("wb") as filler:
+        with (folder / "filler").open("wb", buffering=0) as filler:
             try:
                 while True:
                     filler.write(bytes(4096))
-                    filler.flush()
             except OSError:
                 pass
         result = run(*command, option, str(file), OMP_NUM_THREADS="1")
