@@ -33,7 +33,7 @@ from vllm_mtp.cli.measure import machine
 from vllm_mtp.whole_files import write_whole
 
 SAMPLE_SECONDS, SAVE_SECONDS, DRAIN_SECONDS = 10.0, 60.0, 120.0
-# A cache of 64 blocks: the first cycle touches all of them, and bursts of 28 requests make the scheduler preempt some.
+# A cache of 64 blocks: the first cycle touches all of them.
 ARGUMENTS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "24", "--num-gpu-blocks-override", "64")
 NUM_DRAFTS = 4
 WARM_UP_MINUTES = 30.0
