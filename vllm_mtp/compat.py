@@ -6,9 +6,11 @@ All of them are there in vLLM 0.26 to 0.33; what exactly is expected of each say
     `method` is a closed list and `SpeculativeConfig` refuses unknown keys, so an adapter of ours is turned into `custom_class`
     before it is built. Until vLLM has a registry of speculative methods.
 
-`sampling_params.SamplingParams._validate_spec_decode` (V1 runner, when selected, where requests come in)
-    Refuses `logprob_token_ids`, as vLLM refuses `min_p`. The rejection sampler takes what its sampler gives for the bonus token as
-    logits of the whole vocabulary; such a request beside one with `logprobs` ends the engine. Until it knows the parameter.
+`sampling_params.SamplingParams._validate_spec_decode` (when selected, where requests come in)
+    Refuses a request whose options for us are wrong, before it is in the engine. Until speculators may check requests.
+    On the V1 runner also `logprob_token_ids`, as vLLM refuses `min_p`. The rejection sampler takes what its sampler gives for the
+    bonus token as logits of the whole vocabulary; such a request beside one with `logprobs` ends the engine. Until it knows the
+    parameter.
 
 Both runners, when selected, in workers:
 
@@ -26,6 +28,9 @@ V1 runner, when selected, in workers:
     Where the processor allows, linear layers in bfloat16 are packed for a kernel of ours instead of vLLM's, which takes 1.5 times
     as long for the rows of a step (`cpu_linear`). It is where vLLM chooses among its own, also when weights are loaded anew. Until
     one of those is as fast and takes a gated LoRA.
+`v1.sample.rejection_sampler.rejection_sample` (acceptance by confidence)
+    Rows of drafts that are taken without a match become certain, behind all that the request asks of its logits and in front of the
+    draws. Until the rejection sampler has a hook there.
 `v1.sample.rejection_sampler.expand_batch_to_tokens` (CPU)
     The CPU build's `expand_kernel` writes into an int64 copy of its output, so temperature, top-p and top-k reach the rejection
     sampler uninitialised, and sampled output under any speculation has the wrong distribution. Until that kernel writes its output.
@@ -156,6 +161,7 @@ def _replace(owner: Any, name: str, replacement: Callable[[Callable[..., Any]], 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         from vllm.platforms import current_platform
+        from vllm.sampling_params import SamplingParams
 
         from vllm_mtp import selection
 
@@ -173,6 +179,8 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
         )
         if options.draft_sample_method == "probabilistic":
             check_vllm(contract.V2_PROBABILISTIC_DRAFTS if on_v2 else contract.V1_PROBABILISTIC_DRAFTS)
+        if options.acceptance == "confidence":
+            check_vllm(contract.V1_CONFIDENCE)
         self.additional_config = {**(self.additional_config or {}), "mtp": options.model_dump(mode="json")}
         if on_cpu:  # for vLLM's cache of compiled graphs, whose key it is part of: ours call these kernels
             from vllm_mtp.kernels import cpu
@@ -191,18 +199,13 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             config = original(self, target_model_config, target_parallel_config)
         finally:
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
-        if not on_v2:
-            _refuse_logprob_token_ids()
-            return config
-        return selection.for_v2_runner(config, options, self.max_num_seqs, self.max_num_batched_tokens)
+        if on_v2:
+            config = selection.for_v2_runner(config, options, self.max_num_seqs, self.max_num_batched_tokens)
+        config.mask_token_options = options
+        _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+        return config
 
     return create_speculative_config
-
-
-def _refuse_logprob_token_ids() -> None:
-    from vllm.sampling_params import SamplingParams
-
-    _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
 
 
 def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,7 +215,15 @@ def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_mtp import selection
 
         original(self, speculative_config)
-        if self.logprob_token_ids is not None and getattr(speculative_config, "model", None) == selection.PROPOSER:
+        options = getattr(speculative_config, "mask_token_options", None)
+        if options is None:
+            return
+        on_v2 = speculative_config.model != selection.PROPOSER
+        try:
+            selection.check_request(self.extra_args, options, on_v2=on_v2)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="extra_args") from None
+        if self.logprob_token_ids is not None and not on_v2:
             raise VLLMValidationError(
                 "The logprob_token_ids sampling parameter is not supported with mask-token prediction on vLLM's V1 model runner.",
                 parameter="logprob_token_ids",
@@ -235,6 +246,13 @@ def hook_v1_runner() -> None:
         _replace(utils, "dispatch_cpu_unquantized_gemm", _dispatch_cpu_unquantized_gemm)
         _replace_expand_batch_to_tokens()
         _give_cpu_kernels_to_launchers()
+
+
+def hook_rejection_sample() -> None:
+    """Lets drafts be taken without a match on the V1 runner; called in the worker once the operator has asked for it."""
+    from vllm.v1.sample import rejection_sampler
+
+    _replace(rejection_sampler, "rejection_sample", _rejection_sample)
 
 
 def hook_v2_runner() -> None:
@@ -310,6 +328,35 @@ def _prepare_inputs_of_a_step_without_drafts(original: Callable[..., Any]) -> Ca
             self.speculative_config = configured
 
     return _prepare_inputs
+
+
+def _rejection_sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_mtp import acceptance
+
+    def rejection_sample(
+        draft_token_ids: Any,
+        num_draft_tokens: Any,
+        max_spec_len: Any,
+        cu_num_draft_tokens: Any,
+        draft_probs: Any,
+        target_logits: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if (confident := acceptance.running()) is not None:
+            target_logits = confident.certain(target_logits, draft_token_ids)
+        return original(
+            draft_token_ids,
+            num_draft_tokens,
+            max_spec_len,
+            cu_num_draft_tokens,
+            draft_probs,
+            target_logits,
+            *args,
+            **kwargs,
+        )
+
+    return rejection_sample
 
 
 def _determine_available_memory(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,11 +3,15 @@
 Imports neither torch nor vLLM, so that an error in a configuration is found before anything heavy is loaded.
 """
 
-from typing import Annotated, Literal
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 MAX_MASK_TOKENS = 32
+DEFAULT_TAU = 0.9
 MAX_SIZE, MAX_LAYERS = 2**24, 1000  # far above any model; a stranger's number must not make us allocate without end
 
 
@@ -63,6 +67,10 @@ DraftSampleMethod = Literal["greedy", "probabilistic"]
 """vLLM's own name and values (config/speculative.py, SpeculativeConfig.draft_sample_method)."""
 
 
+Acceptance = Literal["lossless", "confidence"]
+Tau = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class ServingDefaults(StrictModel, strict=True):
     """Serving options that an adapter may set for its users; an operator's own options win."""
 
@@ -91,6 +99,23 @@ class ServingOptions(StrictModel, strict=True):
     """Most mask rows of a step, however many requests it has; those beyond go without drafts. None: on a CPU as many as
     --max-num-batched-tokens leaves, on an accelerator `load.MASK_ROWS_OF_AN_ACCELERATOR`."""
 
+    acceptance: Annotated[
+        Acceptance,
+        Field(
+            description="lossless: drafts are verified, and the output is the base model's. confidence: a draft whose own "
+            "probability is at least `tau` is taken without a match, the others are verified; the output may differ from the base "
+            "model's, and requests may set their own `mtp_tau`. An adapter cannot choose it for its users."
+        ),
+    ] = "lossless"
+    tau: Annotated[
+        Tau | None,
+        Field(
+            description="Threshold of acceptance by confidence for requests that set none. Above 1 nothing is taken without a "
+            f"match, so that only requests which ask for it are answered with loss. None: {DEFAULT_TAU}, if `acceptance` is "
+            "confidence."
+        ),
+    ] = None
+
     @field_validator("layout", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
@@ -107,3 +132,69 @@ class ServingOptions(StrictModel, strict=True):
             if max(self.layout) > k:
                 raise ValueError(f"layout asks for a group of {max(self.layout)} mask tokens; num_speculative_tokens is {k}")
         return self
+
+    @model_validator(mode="after")
+    def _tau_has_a_use(self) -> "ServingOptions":
+        if self.tau is not None and self.acceptance == "lossless":
+            raise ValueError('tau is for "acceptance": "confidence", and acceptance is lossless: give both, or neither')
+        return self
+
+    @property
+    def default_tau(self) -> float:
+        """The threshold of requests that set none; above 1 where acceptance is lossless."""
+        if self.acceptance == "lossless":
+            return math.inf
+        return DEFAULT_TAU if self.tau is None else self.tau
+
+
+PREFIX = "mtp_"
+"""What the names of our options begin with among a request's `vllm_xargs`, which other extensions use too."""
+
+
+class RequestOptions(StrictModel, strict=True):
+    """What a request may ask for: `vllm_xargs` over HTTP, `SamplingParams.extra_args` in Python."""
+
+    mtp_tau: Annotated[
+        Tau | None,
+        Field(
+            description="Threshold of acceptance by confidence for this request, 0 or more: a draft whose own probability is at "
+            "least this is taken without a match. Above 1: none is, and the answer is the base model's. Only on servers with "
+            '`"acceptance": "confidence"`. None: the server\'s.'
+        ),
+    ] = None
+    mtp_drafts: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Most drafts of this request in a step; 0: plain decoding. None, or more than the server's: the server's.",
+        ),
+    ] = None
+
+    @classmethod
+    def of(cls, extra_args: Mapping[str, object] | None) -> "RequestOptions":
+        """Our options of a request.
+
+        Raises:
+            ValueError: one of them is unknown, or its value is not allowed; the message names it.
+        """
+        ours = {name: value for name, value in (extra_args or {}).items() if isinstance(name, str) and name.startswith(PREFIX)}
+        if not ours:
+            return NO_OPTIONS
+        try:
+            return cls.model_validate(ours)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = str(first["loc"][0])
+            if first["type"] == "extra_forbidden":
+                raise ValueError(f"{name} is no option of mask-token prediction: there are {', '.join(cls.model_fields)}") from None
+            raise ValueError(f"{name} is {reprlib.repr(first['input'])}: {first['msg']}") from None
+
+    @classmethod
+    def checked(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
+        """Our options of a request that `of` has seen, without looking at them again: this runs for each request in each step."""
+        if not extra_args:
+            return NO_OPTIONS
+        return cls.model_construct(mtp_tau=extra_args.get("mtp_tau"), mtp_drafts=extra_args.get("mtp_drafts"))
+
+
+NO_OPTIONS = RequestOptions()

@@ -25,6 +25,11 @@ REGISTRATION: tuple[Requirement, ...] = (
     Imported("triton_utils", "HAS_TRITON"),
     Imported("platforms", "current_platform"),
     Called("platforms.interface", "Platform.is_cpu", "self"),
+    # Options of requests.
+    Imported("sampling_params", "SamplingParams"),
+    Has("sampling_params", "SamplingParams", "extra_args logprob_token_ids"),
+    Replaced("sampling_params", "SamplingParams._validate_spec_decode", "self, *args, **kwargs"),
+    Imported("exceptions", "VLLMValidationError"),
 )
 """What turns an operator's options into ours."""
 
@@ -164,9 +169,8 @@ V1_RUNNER: tuple[Requirement, ...] = (
     Called("v1.worker.block_table", "BlockTable.get_device_tensor", "self, num_reqs"),
     Has("v1.sample.metadata", "SamplingMetadata", "all_greedy"),
     Has("v1.utils", "CpuGpuBuffer", "np"),
-    Has("sampling_params", "SamplingParams", "max_tokens logprob_token_ids"),
-    Replaced("sampling_params", "SamplingParams._validate_spec_decode", "self, *args, **kwargs"),
-    Imported("exceptions", "VLLMValidationError"),
+    Has("v1.worker.gpu_input_batch", "InputBatch", "spec_token_ids"),
+    Has("sampling_params", "SamplingParams", "max_tokens"),
 )
 
 V1_RUNNER_ON_CPUS: tuple[Requirement, ...] = (
@@ -187,6 +191,18 @@ V1_RUNNER_ON_CPUS: tuple[Requirement, ...] = (
     Has("v1.sample.logits_processor", "MinTokensLogitsProcessor", "min_toks"),
     Imported("v1.outputs", "SamplerOutput"),
     Called("v1.outputs", "SamplerOutput", "*, sampled_token_ids, logprobs_tensors"),
+)
+
+V1_CONFIDENCE: tuple[Requirement, ...] = (
+    Imported("v1.sample", "rejection_sampler"),
+    Has(V1, "GPUModelRunner", "rejection_sampler"),
+    Replaced("v1.sample.rejection_sampler", "RejectionSampler.forward", "self, metadata, draft_probs, logits, sampling_metadata"),
+    Replaced(
+        "v1.sample.rejection_sampler",
+        "rejection_sample",
+        "draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits, *args, **kwargs",
+    ),
+    Has("v1.spec_decode.metadata", "SpecDecodeMetadata", "draft_token_ids num_draft_tokens target_logits_indices"),
 )
 
 V1_PROBABILISTIC_DRAFTS: tuple[Requirement, ...] = (
@@ -272,13 +288,19 @@ GROUPS: dict[str, tuple[Requirement, ...]] = {
     "V1 runner": V1_RUNNER,
     "V1 runner on CPUs": V1_RUNNER_ON_CPUS,
     "probabilistic drafts on the V1 runner": V1_PROBABILISTIC_DRAFTS,
+    "acceptance by confidence on the V1 runner": V1_CONFIDENCE,
     "V2 runner": V2_RUNNER,
     "probabilistic drafts on the V2 runner": V2_PROBABILISTIC_DRAFTS,
     "request LoRA adapters": REQUEST_LORAS,
     "commands": COMMANDS,
 }
 
-OPTIONS = ("probabilistic drafts on the V1 runner", "probabilistic drafts on the V2 runner", "request LoRA adapters")
+OPTIONS = (
+    "probabilistic drafts on the V1 runner",
+    "acceptance by confidence on the V1 runner",
+    "probabilistic drafts on the V2 runner",
+    "request LoRA adapters",
+)
 """Groups that only an option needs, which is refused where they are not met."""
 
 

@@ -67,6 +67,10 @@ class SampledDrafts(NamedTuple):
     candidates: torch.Tensor
     scores: torch.Tensor
 
+    def confidence(self) -> torch.Tensor:
+        """Probabilities of the drafts as `Drafter.with_confidence` gives them, at temperature 1 whatever they were drawn at."""
+        return (self.scores.softmax(-1) * (self.candidates == self.drafts[..., None])).sum(-1)
+
 
 class Drafter:
     """Turns the states of one group a request into drafts.
@@ -110,6 +114,25 @@ class Drafter:
         if self.sampler is None:
             return self.compute_logits(states.flatten(0, 1)).argmax(-1).view(rows.shape)
         return self._in_turn(self.sampler, states, sampled, _best)
+
+    def with_confidence(self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The drafts that `__call__` gives, and the probability of each, [R, k], float32: at temperature 1, normalised over the
+        candidates that it was chosen from, given the drafts before it.
+
+        Args:
+            hidden, rows, sampled: as `__call__` takes them.
+        """
+        states = hidden[rows]
+        if self.sampler is None:
+            best, tokens = self.compute_logits(states.flatten(0, 1)).float().softmax(-1).max(-1)
+            return tokens.view(rows.shape), best.view(rows.shape)
+        probabilities = []
+
+        def choose(scores: torch.Tensor, candidates: torch.Tensor | None, i: int) -> torch.Tensor:
+            probabilities.append(scores.float().softmax(-1).amax(-1))
+            return _best(scores, candidates, i)
+
+        return self._in_turn(self.sampler, states, sampled, choose), torch.stack(probabilities, 1)
 
     def sample(
         self,

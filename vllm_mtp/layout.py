@@ -131,6 +131,7 @@ def plan_groups(
     max_groups: int,
     max_tail: int,
     device: torch.device,
+    most_drafts: tuple[int, ...] = (),
 ) -> Groups | None:
     """The groups of a step's shape, or None when there is none.
 
@@ -147,6 +148,7 @@ def plan_groups(
         max_tail: the last rows of a request whose K/V a group may need for itself: those that can share a block with its
         mask tokens.
         device: of the tensors.
+        most_drafts: that each request can use, which no group of it is longer than; empty: k for all.
     """
     k = len(lengths) - 1
     request: list[int] = []
@@ -163,6 +165,8 @@ def plan_groups(
     for i, (rows, drafts) in enumerate(zip(num_rows, num_drafts, strict=True)):
         for accepted in range(drafts + 1):
             wanted = max(lengths) if accepted == drafts < k else lengths[accepted]
+            if most_drafts:
+                wanted = min(wanted, most_drafts[i])
             if wanted == 0 or starts[-1] + wanted > max_rows or len(length) == max_groups:
                 continue
             group, last = len(length), first_row + rows - 1 - drafts + accepted

@@ -39,6 +39,7 @@ class EngineStep:
         block_table: blocks of each request, [R, W].
         lengths: group lengths of the step's layout.
         replayed: the step runs as a replay of a CUDA graph, which reads the plan where the plan of the capture stood.
+        most_drafts: as `layout.plan_groups` takes them.
     """
 
     num_rows: tuple[int, ...]
@@ -48,6 +49,7 @@ class EngineStep:
     block_table: torch.Tensor
     lengths: tuple[int, ...]
     replayed: bool = False
+    most_drafts: tuple[int, ...] = ()
 
 
 @dataclass
@@ -120,6 +122,7 @@ class Planner:
             self.max_groups,
             self.block_size,
             step.request_len.device,
+            step.most_drafts,
         )
         if groups is None:
             return None

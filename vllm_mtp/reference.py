@@ -3,6 +3,7 @@
 No cache and no batch: slow, and easy to check against *Your LLM Knows the Future*. The oracle of the engine's tests.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,17 +54,22 @@ class ReferenceModel:
             rows = torch.cat([real, masks])[None]
             return self.base.get_decoder()(inputs_embeds=rows, use_cache=False).last_hidden_state[0, len(prefix_ids) :]
 
-    @torch.no_grad()
     def drafts(self, ids: list[int], k: int) -> list[int]:
         """The k drafts after `ids`, whose last token y_0 was sampled by the row before it.
 
         The group stands behind that row, so its prefix is `ids[:-1]`; y_i = argmax W Sampler(E(y_{i-1}), z_i) for i = 1..k.
         """
+        return [draft for draft, _ in self.drafts_with_confidence(ids, k)]
+
+    @torch.no_grad()
+    def drafts_with_confidence(self, ids: list[int], k: int) -> list[tuple[int, float]]:
+        """The k drafts after `ids`, and the probability max softmax W Sampler(E(y_{i-1}), z_i) of each."""
         previous, drafts = ids[-1], []
         for z in self.mask_states(ids[:-1], k):
             state = z if self.sampler is None else self.sampler(self.embed(torch.tensor(previous, device=z.device)), z)
-            previous = int(self.unembed(state).argmax())
-            drafts.append(previous)
+            probability, best = self.unembed(state).softmax(-1).max(-1)
+            previous = int(best)
+            drafts.append((previous, probability.item()))
         return drafts
 
     def decode(
@@ -73,6 +79,7 @@ class ReferenceModel:
         k: int,
         layout: Literal["plain", "linear", "quadratic"],
         end: int | None = None,
+        tau: float = math.inf,
     ) -> tuple[list[int], list[int]]:
         """Greedy decoding: the new tokens, `end` included, and the number of tokens that each forward emitted, the prompt's first.
 
@@ -83,18 +90,20 @@ class ReferenceModel:
             layout: `quadratic` has a group behind every row and so drafts after every forward; `linear` has one behind the
                 last row, and drafts only where everything before it was accepted.
             end: end-of-text token; decoding stops after it.
+            tau: a draft whose probability is at least this is taken without a match.
         """
         tokens: list[int] = []
         forwards: list[int] = []
         fresh = False  # whether a group stands behind the row that was accepted last
         while len(tokens) < max_tokens and not (tokens and tokens[-1] == end):
             ids = prompt_ids + tokens
-            proposed = self.drafts(ids, k) if fresh and layout != "plain" else []
+            found = self.drafts_with_confidence(ids, k) if fresh and layout != "plain" else []
+            proposed = [draft for draft, _ in found]
             checked = self.unembed(self.real_states(ids + proposed)[len(ids) - 1 :]).argmax(-1).tolist()
             accepted = 0
-            while accepted < len(proposed) and proposed[accepted] == checked[accepted]:
+            while accepted < len(proposed) and (proposed[accepted] == checked[accepted] or found[accepted][1] >= tau):
                 accepted += 1
-            new = checked[: accepted + 1][: max_tokens - len(tokens)]
+            new = [*proposed[:accepted], checked[accepted]][: max_tokens - len(tokens)]
             if end in new:
                 new = new[: new.index(end) + 1]  # type: ignore[arg-type]
             tokens += new

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from vllm_mtp import load
 from vllm_mtp.adapter import AdapterError, is_adapter, read_adapter, validate_folder
-from vllm_mtp.config import AdapterConfig, ServingOptions
+from vllm_mtp.config import AdapterConfig, RequestOptions, ServingOptions
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.safe_files import one_line
 
@@ -145,6 +145,11 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
             "request in every step, so one that has none could never draft again: use quadratic, auto or a list that begins with a "
             "group, or set VLLM_USE_V2_MODEL_RUNNER=0"
         )
+    if options.acceptance == "confidence" and runs_on_v2():
+        raise ConfigurationError(
+            "acceptance by confidence is not supported on vLLM's V2 model runner yet: leave acceptance out, or set "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     if getattr(parallel_config, "use_ubatching", False):
         raise ConfigurationError("mask-token prediction does not support dual batch overlap yet: leave --enable-dbo out")
     if getattr(model_config, "runner_type", "generate") != "generate":
@@ -232,6 +237,30 @@ def scheduled_rows(options: ServingOptions, engine_args: Any) -> int | None:
     wanted = load.mask_row_budget(options.max_mask_rows, rows, on_cpu=current_platform.is_cpu())
     of_all_requests = (engine_args.max_num_seqs or USUAL_REQUESTS) * k * (k + 1)
     return int(rows - min(wanted, of_all_requests, rows // 2))
+
+
+def check_request(extra_args: dict[str, Any] | None, options: ServingOptions, *, on_v2: bool) -> None:
+    """Looks at what a request asks of us.
+
+    Args:
+        extra_args: of its sampling parameters.
+        options: the server's.
+        on_v2: whether the server runs vLLM's V2 model runner.
+
+    Raises:
+        ValueError: it is misspelt, out of range, or not to be had on this server.
+    """
+    asked = RequestOptions.of(extra_args)
+    if asked.mtp_tau is not None and options.acceptance == "lossless":
+        raise ValueError(
+            "mtp_tau is for servers that accept drafts by confidence, and this one is lossless: leave it out, or start the server "
+            'with "acceptance": "confidence" in --speculative-config ("tau": 2 to have it for requests that ask for it alone)'
+        )
+    if asked.mtp_drafts is not None and on_v2:
+        raise ValueError(
+            "mtp_drafts is not supported on vLLM's V2 model runner, which gives every request as many drafts as the others: leave "
+            "it out"
+        )
 
 
 def selected(vllm_config: Any) -> bool:

@@ -48,7 +48,8 @@ class MaskTokenTarget:
         layouts: the layouts that steps may have; one, unless the operator leaves the choice to us.
         planner, expansion, drafter: the parts, once installed.
         breaker: opens when one of them fails.
-        draft, sample_drafts: the drafter's `__call__` and, if drafts are probabilistic, its `sample`, once bound.
+        draft, sample_drafts, draft_with_confidence: the drafter's `__call__` and, if drafts are probabilistic, its `sample`, and in
+            acceptance by confidence its `with_confidence`, once bound.
     """
 
     planner: Planner
@@ -56,6 +57,7 @@ class MaskTokenTarget:
     drafter: Drafter
     draft: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     sample_drafts: Callable[..., SampledDrafts]
+    draft_with_confidence: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = vllm_config
@@ -194,6 +196,11 @@ class MaskTokenTarget:
         """Whether drafts of requests above temperature 0 are drawn from a distribution that verification is told of."""
         return self.options.draft_sample_method == "probabilistic"
 
+    @property
+    def by_confidence(self) -> bool:
+        """Whether drafts may be taken without a match."""
+        return self.options.acceptance == "confidence"
+
     def _compiled_drafter(self, function: Callable[..., Any], *more: torch.dtype) -> Callable[..., Any]:
         """A method of the drafter, compiled where the engine compiles.
 
@@ -273,15 +280,18 @@ class MaskTokenTarget:
         self.attention.bind([context[name].kv_cache for name in group.layer_names])
         self.planner.bind(self.config.cache_config.block_size, self.first_scratch_block)
         self.draft = self._compiled_drafter(self.drafter.__call__)
+        if self.by_confidence:
+            self.draft_with_confidence = self._compiled_drafter(self.drafter.with_confidence)
         if self.probabilistic:
             self.sample_drafts = self._compiled_drafter(self.drafter.sample, torch.float32, torch.long, torch.long)
         logger.info(
-            "Mask-token prediction is on: adapter %s, k = %d, layout %s, %s drafts, acceptance lossless, "
+            "Mask-token prediction is on: adapter %s, k = %d, layout %s, %s drafts, acceptance %s, "
             "up to %d mask rows a decoding request and %d a step, %d scratch blocks (%.0f MiB)",
             self.options.adapter,
             self.k,
             self.options.layout,
             self.options.draft_sample_method,
+            f"by confidence from {self.options.default_tau:g}" if self.by_confidence else "lossless",
             max(sum(lengths) for lengths in self.layouts),
             self.max_mask_rows,
             self.num_scratch_blocks,

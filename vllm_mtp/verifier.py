@@ -1,5 +1,5 @@
 """Verification of drafts, in front of vLLM's rejection sampler (v1/sample/rejection_sampler.py): greedy steps on a CPU are decided
-here in a few host operations; all others are handed through."""
+here in a few host operations, and drafts that are taken by confidence are made known; all else is handed through."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,8 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
+from vllm_mtp import acceptance
+from vllm_mtp.acceptance import ConfidentDrafts
 from vllm_mtp.breaker import Breaker
 
 REJECTED = -1
@@ -80,12 +82,33 @@ def before(sampler: Any, breaker: Breaker) -> Callable[..., Any]:
         if breaker.is_open or not _takes_the_best(sampling_metadata):
             return original(metadata, draft_probs, logits, sampling_metadata)
         try:
-            tokens = greedy_tokens(
-                logits.float().numpy().argmax(-1), metadata.draft_token_ids.numpy(), np.array(metadata.num_draft_tokens)
-            )
+            scores, drafts = logits.float().numpy(), metadata.draft_token_ids.numpy()
+            best = scores.argmax(-1)
+            if (confident := acceptance.running()) is not None:
+                best = confident.certain_best(best, scores, metadata.target_logits_indices.numpy(), drafts)
+            tokens = greedy_tokens(best, drafts, np.array(metadata.num_draft_tokens))
         except Exception as error:
             breaker.trip("verifying drafts", error)
             return original(metadata, draft_probs, logits, sampling_metadata)
         return SamplerOutput(sampled_token_ids=torch.from_numpy(tokens), logprobs_tensors=None)
+
+    return forward
+
+
+def with_confidence(sampler: Any, confident: Callable[[Any], ConfidentDrafts | None]) -> Callable[..., Any]:
+    """The forward of a rejection sampler while whose steps it is known which drafts are to be taken without a match.
+
+    Args:
+        sampler: vLLM's RejectionSampler, which ends in `rejection_sample` (`compat.hook_rejection_sample`).
+        confident: of a step's SpecDecodeMetadata, its confident drafts; None: there are none.
+    """
+    verify = sampler.forward
+
+    def forward(metadata: Any, draft_probs: torch.Tensor | None, logits: torch.Tensor, sampling_metadata: Any) -> Any:
+        drafts = confident(metadata)
+        if drafts is None:
+            return verify(metadata, draft_probs, logits, sampling_metadata)
+        with acceptance.taking(drafts):
+            return verify(metadata, draft_probs, logits, sampling_metadata)
 
     return forward

@@ -238,6 +238,16 @@ def test_logprob_token_ids_are_refused(engines: Engines) -> None:
     assert tokens(ask(engine, {"max_tokens": 8, "logprobs": 1}))  # and goes on serving
 
 
+def test_a_lossless_server_takes_no_tau_and_as_few_drafts_as_a_request_asks_for(engines: Engines, both: Both) -> None:
+    engine = engines(OURS)
+    with pytest.raises(VLLMValidationError, match="mtp_tau is for servers that accept drafts by confidence"):
+        ask(engine, {"extra_args": {"mtp_tau": 2}})
+    for drafts, most in ((0, 1.0), (1, 2.0)):
+        found, per_forward = engine.forwards(lambda drafts=drafts: tokens(ask(engine, {"extra_args": {"mtp_drafts": drafts}})))
+        assert found == tokens(both[0].outputs["nothing"])
+        assert most - 1 < per_forward <= most
+
+
 @feature("sleep mode", "works", "vLLM ignores it on CPUs; not tried on GPUs")
 def test_sleep_and_wake_up(engines: Engines, both: Both) -> None:
     engine = engines(OURS)

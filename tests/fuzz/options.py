@@ -34,11 +34,20 @@ from vllm_mtp.selection import ConfigurationError
 
 SECONDS = 5.0
 TRAINED = 4  # mask tokens of the small adapter
-DEFAULTS = {"layout": "auto", "candidates": 32, "draft_sample_method": "greedy", "max_mask_rows": None}
+DEFAULTS = {
+    "layout": "auto",
+    "candidates": 32,
+    "draft_sample_method": "greedy",
+    "max_mask_rows": None,
+    "acceptance": "lossless",
+    "tau": None,
+}
+OPERATORS = ("max_mask_rows", "acceptance", "tau")  # an adapter may not choose them
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 3, 4, 5, 8, 31, 32, 33, 2**31, 2**63, 2**64, 10**30, 10**400),
     *(0.0, 1.0, 4.0, 4.5, -0.0, 1e308, math.nan, math.inf, -math.inf),
     *("", "4", "4.0", "true", "null", "auto", "linear", "quadratic", "Linear", "auto ", "greedy", "probabilistic", "\0", "\x1b[2J"),
+    *("lossless", "confidence", 0.5, 0.99),
     *("x" * 5000, "\ud800", "\u202e", "../..", "/dev/zero", "{}", "[4]", "%s"),
     *([], {}, [[]], [None], ["auto"], [4, 4, 4, 4, 4], [0, 0, 0, 0, 0], [4], [True] * 5, ["4"] * 5, [4.0] * 5, [5] * 5, [-1] * 5),
     *([4] * 6, [2, 2, 2], [1, 1], (4, 4, 4, 4, 4), [4] * 100_000, [10**400], {"a": 1}, {"auto": None}, {"layout": "auto"}),
@@ -51,7 +60,7 @@ UNKNOWN = (
     "draft_tensor_parallel_size",
     "quantization",
     "disable_padded_drafter_batch",
-    "tau",
+    "mtp_tau",
     "__class__",
 )
 
@@ -69,6 +78,8 @@ VALID: dict[str, Callable[[Any], bool]] = {
     "candidates": lambda value: _whole(value, 1),
     "draft_sample_method": lambda value: isinstance(value, str) and value in ("greedy", "probabilistic"),
     "max_mask_rows": lambda value: value is None or _whole(value, 1),
+    "acceptance": lambda value: isinstance(value, str) and value in ("lossless", "confidence"),
+    "tau": lambda value: value is None or (type(value) in (int, float) and 0 <= value < 10**300),
 }
 
 
@@ -81,6 +92,8 @@ def at_fault(options: dict[str, Any]) -> set[str]:
             wrong.add("num_speculative_tokens")
         if "layout" not in wrong and not isinstance(layout, str) and (len(layout) != k + 1 or max(layout) > k):
             wrong.add("layout")
+    if options.get("tau") is not None and options.get("acceptance", "lossless") == "lossless":
+        wrong.add("tau")
     return wrong
 
 
@@ -113,6 +126,7 @@ class Fuzzer:
         for name in VALID:
             if rng.random() < share:
                 usual = {"num_speculative_tokens": rng.randint(1, 5), "layout": rng.choice(("auto", "linear", [2, 2, 2]))}
+                usual |= {"acceptance": "confidence", "tau": 0.9}
                 value = usual.get(name, DEFAULTS.get(name)) if rng.random() < 0.5 else rng.choice(ODD)
                 options[name.replace("_", "-") if dashes and rng.random() < 0.2 else name] = value
         if rng.random() < 0.1:
@@ -210,7 +224,7 @@ class Fuzzer:
 
     @staticmethod
     def _may_default(name: str, value: Any) -> bool:
-        return name in VALID and name != "max_mask_rows" and (value is None or VALID[name](value))
+        return name in VALID and name not in OPERATORS and (value is None or VALID[name](value))
 
     def case(self, number: int) -> tuple[str, str]:
         """Runs one case; its kind and what became of it."""

@@ -32,6 +32,8 @@ ODD_EXTRA: tuple[Any, ...] = (
     {"mask_token_id": 5, "num_speculative_tokens": 99},
     {"kv_transfer_params": None},
     {"": None, "\0": "\x1b[2J"},
+    {"mtp_drafts": 0},
+    {"mtp_drafts": 2, "mtp_tau": None},
     {"a": 2**64},
     {"a": -(2**63) - 1},
     {"a": [[[{"b": 1e308}]]]},

@@ -177,6 +177,30 @@ def test_temperature_0_drafts_the_best_beside_requests_that_sample(drafter: Draf
     assert not torch.equal(found, greedy)
 
 
+def test_confidence_is_the_share_of_the_draft_among_its_candidates(drafter: Drafter, parts: tuple) -> None:
+    w, head, states, sampled = parts
+    rows = torch.arange(R * K).view(R, K)
+    drafts, probabilities = drafter.with_confidence(states.flatten(0, 1), rows, sampled)
+    assert torch.equal(drafts, drafter(states.flatten(0, 1), rows, sampled))
+    before = torch.cat([sampled[:, None], drafts[:, :-1]], 1)
+    scores = (states if drafter.sampler is None else head(w[before], states)) @ w.T
+    if drafter.sampler is not None and drafter.candidates is not None:
+        candidates = (states @ w.T).topk(drafter.candidates).indices
+        scores = torch.full_like(scores, -torch.inf).scatter(-1, candidates, scores.gather(-1, candidates))
+    torch.testing.assert_close(probabilities, scores.softmax(-1).gather(-1, drafts[..., None])[..., 0])
+    if drafter.sampler is not None:  # drafts at temperature 0, drawn beside others
+        found = sample(drafter, states, sampled, torch.zeros(R), torch.arange(R))
+        torch.testing.assert_close(found.confidence(), probabilities)
+
+
+def test_confidence_does_not_depend_on_temperature(drafter: Drafter, parts: tuple) -> None:
+    _, _, states, sampled = parts
+    found = sample(drafter, states, sampled, torch.full((R,), 0.3), torch.arange(R))
+    expected = (found.scores.softmax(-1) * (found.candidates == found.drafts[..., None])).amax(-1)
+    torch.testing.assert_close(found.confidence(), expected)
+    assert (found.confidence() < (found.scores / 0.3).softmax(-1).amax(-1)).any()
+
+
 def test_a_seed_draws_the_same_in_any_batch(drafter: Drafter, parts: tuple) -> None:
     _, _, states, sampled = parts
     temperature, seeds = torch.full((R,), 5.0), torch.tensor([7, -1, 0, 2**62, 7])

@@ -29,21 +29,26 @@ def requests(draw: st.DrawFn) -> Requests:
     return result
 
 
-def plan(batch: Requests, lengths: tuple[int, ...], max_rows: int, max_tail: int = 1000) -> Groups | None:
+def plan(
+    batch: Requests, lengths: tuple[int, ...], max_rows: int, max_tail: int = 1000, most: tuple[int, ...] = ()
+) -> Groups | None:
     _, rows, drafts = zip(*batch, strict=True)
-    return plan_groups(rows, drafts, lengths, max_rows, 1000, max_tail, torch.device("cpu"))
+    return plan_groups(rows, drafts, lengths, max_rows, 1000, max_tail, torch.device("cpu"), most)
 
 
 def request_len(batch: Requests) -> torch.Tensor:
     return torch.tensor([computed + rows for computed, rows, _ in batch])
 
 
-def expected_groups(batch: Requests, lengths: tuple[int, ...], max_rows: int) -> list[tuple[int, ...]]:
+def expected_groups(
+    batch: Requests, lengths: tuple[int, ...], max_rows: int, most: list[int] | None = None
+) -> list[tuple[int, ...]]:
     groups, first_row, used = [], 0, 0
     for request, (computed, rows, drafts) in enumerate(batch):
         for accepted in range(drafts + 1):
             row = first_row + rows - 1 - drafts + accepted
             length = max(lengths) if accepted == drafts < K else lengths[accepted]
+            length = length if most is None else min(length, most[request])
             if length and used + length <= max_rows:
                 groups.append((request, accepted, row, computed + rows - drafts + accepted, length))
                 used += length
@@ -72,6 +77,16 @@ def test_groups_follow_the_definition(batch: Requests, lengths: tuple[int, ...],
     assert groups.positions(prefix_len, 10_000).tolist() == positions
     assert groups.positions(prefix_len, 60).tolist() == [min(position, 59) for position in positions]
     assert groups.num_rows == len(positions) <= max_rows
+
+
+@given(requests(), LAYOUTS, st.sampled_from([1000, 10]), st.lists(st.integers(0, K), min_size=5, max_size=5))
+def test_no_group_is_longer_than_its_request_can_use(
+    batch: Requests, lengths: tuple[int, ...], max_rows: int, most: list[int]
+) -> None:
+    groups = plan(batch, lengths, max_rows, most=tuple(most[: len(batch)]))
+    found = [] if groups is None else list(zip(groups.request.tolist(), groups.row.tolist(), groups.lengths, strict=True))
+    expected = expected_groups(batch, lengths, max_rows, most)
+    assert found == [(request, row, length) for request, _, row, _, length in expected]
 
 
 @given(requests(), st.sampled_from([group_lengths("quadratic", K), (4, 3, 2, 1, 1)]), st.sampled_from([4, 16, 32]))

@@ -10,6 +10,9 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_mtp import compat, load, parallel, verifier
+from vllm_mtp.acceptance import ConfidentDrafts, Drafted
+from vllm_mtp.config import NO_OPTIONS, RequestOptions
+from vllm_mtp.drafter import SampledDrafts
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.target import MaskTokenTarget
 
@@ -36,6 +39,8 @@ class MaskTokenProposer(MaskTokenTarget):
         self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
         self.verified: list[int] = []
         """Drafts that each request of the running step verifies."""
+        self.drafted: dict[str, Drafted] = {}
+        self.confident: ConfidentDrafts | None = None
 
     def load_model(self, target: torch.nn.Module) -> None:
         """Installs mask rows in the loaded target; vLLM compiles and profiles it afterwards."""
@@ -48,8 +53,13 @@ class MaskTokenProposer(MaskTokenTarget):
         # We cut drafts at the model's end request by request; without this the runner drafts for no one once one request is
         # near it.
         runner.effective_drafter_max_model_len = self.max_model_len + self.k
-        if current_platform.is_cpu() and not again:
+        if again:
+            return
+        if current_platform.is_cpu():
             runner.rejection_sampler.forward = verifier.before(runner.rejection_sampler, self.breaker)
+        if self.by_confidence:
+            compat.hook_rejection_sample()
+            runner.rejection_sampler.forward = verifier.with_confidence(runner.rejection_sampler, self._confident)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         return self.layouts[0] if len(self.layouts) == 1 else self.chooser.choose(num_requests)
@@ -69,10 +79,21 @@ class MaskTokenProposer(MaskTokenTarget):
         drafts = np.maximum(request_len - known, -1)
         self.max_lens = [self._max_len(request) for request in batch.req_ids]
         drafts[known + 1 >= self.max_lens] = -1  # the token sampled next is the last one
+        most_drafts = [self._most_drafts(request) for request in batch.req_ids]
+        if 0 in most_drafts:
+            drafts[np.equal(most_drafts, 0)] = -1
         table = batch.block_table[0].get_device_tensor(num_requests)
         lens = torch.from_numpy(request_len.astype(np.int64)).to(table.device)
         return self.planner.plan(
-            EngineStep(tuple(rows.tolist()), tuple(drafts.tolist()), lens, int(request_len.max()), table, lengths)
+            EngineStep(
+                tuple(rows.tolist()),
+                tuple(drafts.tolist()),
+                lens,
+                int(request_len.max()),
+                table,
+                lengths,
+                most_drafts=() if min(most_drafts) == self.k else tuple(most_drafts),
+            )
         )
 
     def _max_len(self, request: str) -> int:
@@ -80,6 +101,35 @@ class MaskTokenProposer(MaskTokenTarget):
         state = self.runner.requests[request]
         limit = state.sampling_params.max_tokens if state.sampling_params is not None else None
         return self.max_model_len if limit is None else min(self.max_model_len, state.num_prompt_tokens + limit)
+
+    def _most_drafts(self, request: str) -> int:
+        """Drafts that `request` may have in a step."""
+        asked = self._asked(request)
+        return self.k if asked is NO_OPTIONS or asked.mtp_drafts is None else min(self.k, asked.mtp_drafts)
+
+    def _asked(self, request: str) -> RequestOptions:
+        """What a request asks of us; it was checked where it came in (`compat`, `SamplingParams._validate_spec_decode`)."""
+        parameters = self.runner.requests[request].sampling_params
+        return NO_OPTIONS if parameters is None else RequestOptions.checked(parameters.extra_args)
+
+    def _confident(self, metadata: Any) -> ConfidentDrafts | None:
+        """The drafts of the running step that are taken without a match, unless the request forbids them."""
+        batch, flags = self.runner.input_batch, []
+        for request, scheduled, count in zip(batch.req_ids, batch.spec_token_ids, metadata.num_draft_tokens, strict=False):
+            if count:
+                drafted = self.drafted.get(request)
+                flags += drafted.confident(scheduled) if drafted is not None else [False] * count
+        device = metadata.draft_token_ids.device
+        self.confident = ConfidentDrafts(torch.tensor(flags, device=device)) if any(flags) else None
+        return self.confident
+
+    def _remember(self, requests: list[str], drafts: list[list[int]], probabilities: list[list[float]]) -> None:
+        """Keeps the drafts of `requests` until they are verified, which may be some steps later."""
+        if len(self.drafted) > len(self.runner.requests):
+            self.drafted = {request: drafted for request, drafted in self.drafted.items() if request in self.runner.requests}
+        for request, tokens, chances in zip(requests, drafts, probabilities, strict=True):
+            asked = self._asked(request).mtp_tau
+            self.drafted[request] = Drafted(tokens, chances, self.options.default_tau if asked is None else asked)
 
     def _observe(self, now: float, sampled_token_ids: list[list[int]]) -> None:
         """Tells the chooser of layouts what the step gave, if it and the step before it decoded for the same requests."""
@@ -133,11 +183,20 @@ class MaskTokenProposer(MaskTokenTarget):
         )
         sampled = torch.tensor([sampled_token_ids[i][-1] for i, _, _ in chosen], device=hidden.device)
         drafting = time.perf_counter()
+        probabilities = None
         if self.probabilistic and not self.runner.input_batch.sampling_metadata.all_greedy:
             last_positions = [int(num_tokens_no_spec[i]) - 1 for i, _, _ in chosen]
-            ids = self._sampled_drafts(hidden, rows, sampled, [i for i, _, _ in chosen], last_positions).tolist()
+            found = self._sampled_drafts(hidden, rows, sampled, [i for i, _, _ in chosen], last_positions)
+            ids = found.drafts.tolist()
+            if self.by_confidence:
+                probabilities = found.confidence()
+        elif self.by_confidence:
+            best, probabilities = self.draft_with_confidence(hidden, rows, sampled)
+            ids = best.tolist()
         else:
             ids = self.draft(hidden, rows, sampled).tolist()
+        if probabilities is not None:
+            self._remember([self.runner.input_batch.req_ids[i] for i, _, _ in chosen], ids, probabilities.tolist())
         drafted = time.perf_counter()
         for (i, _, usable), row in zip(chosen, ids, strict=True):
             drafts[i] = row[:usable]
@@ -148,8 +207,9 @@ class MaskTokenProposer(MaskTokenTarget):
 
     def _sampled_drafts(
         self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor, requests: list[int], last_positions: list[int]
-    ) -> torch.Tensor:
-        """Drafts [R, k]; the distributions that they were drawn from are left where the runner's verification looks for them.
+    ) -> SampledDrafts:
+        """Drafts [R, k] with their candidates' scores; the distributions that they were drawn from are left where the runner's
+        verification looks for them.
 
         It wants them over the whole vocabulary, [R, k, V] in float32: 20 MB for 16 requests, k = 8 and 40,000 tokens. Where it
         misses the row of a request that sat out a step, it verifies the batch as if all drafts were certain, which is lossless too
@@ -169,11 +229,10 @@ class MaskTokenProposer(MaskTokenTarget):
             parameters = self.runner.requests[request].sampling_params
             if parameters is not None and parameters.seed is not None:
                 seeds[row] = parameters.seed
-        drafts, candidates, scores = self.sample_drafts(
-            hidden, rows, sampled, temperature, seeds, torch.tensor(last_positions, device=device)
-        )
+        found = self.sample_drafts(hidden, rows, sampled, temperature, seeds, torch.tensor(last_positions, device=device))
+        drafts, candidates, scores = found
         probabilities = (scores / torch.where(temperature > 0, temperature, 1.0)[:, None, None]).softmax(-1)
         vocab_size = self.config.model_config.get_vocab_size()
         self.runner._draft_probs = probabilities.new_zeros(*drafts.shape, vocab_size).scatter_(2, candidates, probabilities)
         self.runner._draft_prob_req_ids = ids
-        return drafts
+        return found

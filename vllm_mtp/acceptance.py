@@ -1,0 +1,102 @@
+"""Acceptance by confidence: a draft that the drafter is sure of is taken without a match; any other is verified.
+
+ConfAdapt (*Multi-Token Prediction via Self-Distillation*, arXiv 2602.06019) takes the leading drafts whose own probability is at
+least tau, and ends there. Here the first draft below tau is verified instead, so nothing is lost that verification would have
+accepted: the accepted run ends at the first draft that is neither taken nor verified, and what stands there is the target's own
+token behind the accepted ones.
+
+Nothing of the verification is done anew. Where a draft is taken, the target's distribution is replaced by one that has this token
+alone, so verification accepts it, with the random numbers that it would have drawn in any case. No vLLM import.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Drafts of a request and what the drafter thought of each.
+
+    Attributes:
+        tokens: the drafts.
+        probabilities: of each, as `Drafter.with_confidence` gives them.
+        tau: the request's threshold.
+    """
+
+    tokens: list[int]
+    probabilities: list[float]
+    tau: float
+
+    def confident(self, scheduled: list[int]) -> list[bool]:
+        """Which of the drafts that came to be verified are at tau or above; none, where others stand in their place."""
+        count = len(scheduled)
+        if self.tokens[:count] != scheduled:
+            return [False] * count
+        return [probability >= self.tau for probability in self.probabilities[:count]]
+
+
+@dataclass
+class ConfidentDrafts:
+    """Drafts of a step that the drafter is sure of, and what became of them.
+
+    Attributes:
+        confident: drafts at tau or above, request by request, [D], bool.
+        taken: those of them that the request allows: the target gives them some probability. Known once verification has run.
+        unmatched: those taken where the target's best token is another.
+    """
+
+    confident: torch.Tensor
+    taken: torch.Tensor | None = None
+    unmatched: torch.Tensor | None = None
+
+    def certain(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+        """The target's logits with rows of taken drafts made certain, [D, V]; a copy.
+
+        Args:
+            logits: of the target in the drafts' places, after everything that the request asks for: a token that is not allowed
+                (by grammar, `bad_words`, top-k and the rest) has -inf and is not taken.
+            drafts: [D]; below 0 for one that must be rejected.
+        """
+        at = drafts.long().clamp(min=0)[:, None]
+        chosen = logits.gather(1, at)
+        self.taken = self.confident & (drafts >= 0) & (chosen[:, 0] > -torch.inf)
+        self.unmatched = self.taken & (logits.argmax(-1) != drafts)
+        taken = self.taken[:, None]
+        return logits.masked_fill(taken, -torch.inf).scatter_(1, at, torch.where(taken, 0.0, chosen))
+
+    def certain_best(self, best: np.ndarray, logits: np.ndarray, rows: np.ndarray, drafts: np.ndarray) -> np.ndarray:
+        """`certain` for greedy verification on a host: the target's best tokens, with taken drafts in their places.
+
+        Args:
+            best: the target's token behind every verified row, [D + R].
+            logits: that these are the best of, [D + R, V].
+            rows: where in them the drafts' places are, [D].
+            drafts: [D].
+        """
+        taken = self.confident.numpy() & (logits[rows, drafts] > -np.inf)
+        self.taken, self.unmatched = torch.from_numpy(taken), torch.from_numpy(taken & (best[rows] != drafts))
+        best[rows[taken]] = drafts[taken]
+        return best
+
+
+_RUNNING: ContextVar[ConfidentDrafts | None] = ContextVar("confident drafts of the running step", default=None)
+
+
+@contextmanager
+def taking(drafts: ConfidentDrafts) -> Iterator[None]:
+    """While verification runs, `running` gives `drafts`."""
+    token = _RUNNING.set(drafts)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def running() -> ConfidentDrafts | None:
+    """The confident drafts of the step that is being verified, None where there are none."""
+    return _RUNNING.get()
