@@ -37,7 +37,9 @@ SERVED_MODEL: tuple[Requirement, ...] = (
     Has("config", "VllmConfig", "additional_config speculative_config model_config scheduler_config cache_config"),
     Has("config", "VllmConfig", "compilation_config"),
     Called("config", "ModelConfig.get_vocab_size", "self"),
-    Has("config", "ModelConfig", "max_model_len hf_text_config dtype enforce_eager"),
+    Has("config", "ModelConfig", "max_model_len hf_text_config dtype enforce_eager served_model_name"),
+    Has("config", "VllmConfig", "parallel_config"),
+    Has("config", "ParallelConfig", "data_parallel_index"),
     Has("config", "SchedulerConfig", "max_num_seqs max_num_batched_tokens"),
     Has("config", "CacheConfig", "block_size"),
     Has("config", "CompilationConfig", "mode inductor_compile_config static_forward_context max_cudagraph_capture_size"),
@@ -88,7 +90,7 @@ SERVED_MODEL: tuple[Requirement, ...] = (
     # Ranks.
     Called("distributed", "tensor_model_parallel_all_reduce", "input_"),
     Called("distributed", "get_tp_group", ""),
-    Has("distributed.parallel_state", "GroupCoordinator", "world_size cpu_group"),
+    Has("distributed.parallel_state", "GroupCoordinator", "world_size cpu_group rank_in_group"),
     # The KV cache.
     Has("v1.kv_cache_interface", "KVCacheConfig", "num_blocks kv_cache_tensors kv_cache_groups"),
     EitherOf(

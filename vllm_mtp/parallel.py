@@ -40,6 +40,13 @@ def num_ranks() -> int:
     return int(get_tp_group().world_size)
 
 
+def is_first_rank() -> bool:
+    """Whether this is the tensor-parallel rank whose drafts are taken."""
+    from vllm.distributed import get_tp_group
+
+    return bool(get_tp_group().rank_in_group == 0)
+
+
 def longest(seconds: float) -> float:
     """The longest of the times that the tensor-parallel ranks bring; all ranks must call it, and get the same.
 

@@ -6,26 +6,64 @@ operations: nothing is read back from the device. So a plan can be made while th
 
 import time
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
+from vllm_mtp.config import MAX_MASK_TOKENS
 from vllm_mtp.layout import Groups, plan_groups
 from vllm_mtp.mask_attention import MaskAttention
 
 
+def _by_position() -> list[Any]:
+    return [0] * MAX_MASK_TOKENS
+
+
 @dataclass
 class Counters:
-    """What the plugin did so far; times in seconds."""
+    """What the plugin did so far; times in seconds. Lists are by position of the draft.
 
+    On the V2 runner, which the host does not wait for, nothing is known here of drafts and their times.
+    """
+
+    layouts: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """Steps by layout."""
     steps: int = 0
+    """Those with mask rows, as are the rows."""
     real_rows: int = 0
     mask_rows: int = 0
     plan_time: float = 0.0
     draft_time: float = 0.0
     """Choosing groups and turning tensors into lists; the drafter's own forward is `drafter_time`."""
     drafter_time: float = 0.0
+    drafts: int = 0
+    """Verifications of a request's drafts."""
+    drafted: list[int] = field(default_factory=_by_position)
+    accepted: list[int] = field(default_factory=_by_position)
+    confident: list[int] = field(default_factory=_by_position)
+    """Those of the accepted ones that were taken without a match."""
+    unmatched: int = 0
+    """Those of them where the target's best token was another."""
+    expected: list[float] = field(default_factory=_by_position)
+    """Sums of the probability that a draft and all before it are right, as the drafter sees it."""
+
+    def stepped(self, lengths: tuple[int, ...]) -> None:
+        """A step runs with this layout."""
+        self.layouts[lengths] = self.layouts.get(lengths, 0) + 1
+
+    def verified(self, drafted: int, accepted: int) -> None:
+        """A request had so many drafts, and the first `accepted` were."""
+        self.drafts += 1
+        for position in range(drafted):
+            self.drafted[position] += 1
+        for position in range(accepted):
+            self.accepted[position] += 1
+
+    def snapshot(self) -> "Counters":
+        """A copy, which may be made while another thread counts."""
+        return replace(self, **{name: copy(value) for name, value in vars(self).items()})
 
 
 @dataclass

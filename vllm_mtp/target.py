@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_mtp import compiled, gated_lora, load, parallel
+from vllm_mtp import compiled, gated_lora, load, metrics, parallel
 from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
 from vllm_mtp.breaker import Breaker
 from vllm_mtp.config import ServingOptions
@@ -58,6 +58,7 @@ class MaskTokenTarget:
     draft: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     sample_drafts: Callable[..., SampledDrafts]
     draft_with_confidence: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    exporter: metrics.Exporter | None = None
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = vllm_config
@@ -297,6 +298,8 @@ class MaskTokenTarget:
             self.num_scratch_blocks,
             self._scratch_bytes(runner) / 2**20,
         )
+        if self.exporter is None and parallel.is_first_rank():
+            self.exporter = metrics.export(self, self.planner.counters, self.options, self.config, logger)
 
     def _metadata_builder(self, group: Any) -> Any:
         """A metadata builder like the group's own, but for as many sequences and rows as a step of ours has.

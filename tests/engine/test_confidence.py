@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from vllm_mtp import demo
 from vllm_mtp.reference import ReferenceModel
@@ -202,6 +204,35 @@ def test_drafts_that_came_from_elsewhere_are_not_taken(lossy: Engine, prompts: l
     propose = lossy.proposer.propose
     monkeypatch.setattr(lossy.proposer, "propose", lambda *a, **k: [[7] * len(d) for d in propose(*a, **k)])
     assert tokens(ask(lossy, list(prompts[:4]), [{"mtp_tau": 0}] * 4)) == expected
+
+
+def test_counts_are_vllms_and_at_metrics(lossy: Engine, prompts: list[str]) -> None:
+    counters, vllms = lossy.proposer.planner.counters, ("drafts", "draft_tokens", "accepted_tokens")
+    asked: list[dict[str, Any] | None] = [{"mtp_tau": 0}, {"mtp_drafts": 0}, {"mtp_drafts": 2}, {"mtp_tau": 0.6}, None, None]
+
+    def count() -> tuple[list[float], list[float], list[float]]:
+        """vLLM's, and ours, of drafts and of confidence."""
+        of_vllm = [lossy.metric(f"vllm:spec_decode_num_{name}") for name in vllms]
+        ours = [counters.drafts, sum(counters.drafted), sum(counters.accepted)]
+        return of_vllm, ours, [sum(counters.confident), counters.unmatched, sum(counters.expected)]
+
+    before = count()
+    for sampling in ({}, {"temperature": 1.0}, {"max_tokens": 7}, {"structured_outputs": StructuredOutputsParams(json=SCHEMA)}):
+        ask(lossy, list(prompts[:6]), asked, **sampling)
+    after = count()
+    moved = [[new - old for new, old in zip(*pair, strict=True)] for pair in zip(after, before, strict=True)]
+    assert moved[0] == moved[1]
+    accepted, (confident, unmatched, expected) = moved[1][2], moved[2]
+    assert 0 < unmatched < confident < accepted
+    assert 0 < expected < moved[1][1]
+    lossy.proposer.exporter.write()
+    text = generate_latest(get_prometheus_registry()).decode()
+    at_metrics = [float(value) for value in re.findall(r"^vllm_mtp:accepted_tokens_total{.*} (.*)$", text, re.MULTILINE)]
+    assert sum(at_metrics) == sum(counters.accepted)
+    # Nothing is taken by confidence where all have asked for tau > 1 or said nothing.
+    before = count()
+    ask(lossy, list(prompts[:6]), [None, {"mtp_tau": 1.5}] * 3)
+    assert count()[2][:2] == before[2][:2]
 
 
 @pytest.mark.full

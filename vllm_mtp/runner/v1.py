@@ -71,6 +71,7 @@ class MaskTokenProposer(MaskTokenTarget):
         lengths = self._lengths(num_requests)
         rows = np.diff(self.runner.query_start_loc.np[: num_requests + 1])
         self.verified, self.num_rows = (rows - 1).tolist(), int(rows.sum())
+        self.planner.counters.stepped(lengths)
         if not any(lengths):
             return None
         request_len = batch.num_computed_tokens_cpu[:num_requests] + rows
@@ -141,6 +142,34 @@ class MaskTokenProposer(MaskTokenTarget):
             rows = self.num_rows + (0 if states is None else states.groups.num_rows)
             self.chooser.observe(self.verified, [len(tokens) for tokens in sampled_token_ids], rows, now - before)
 
+    def _count(self, sampled_token_ids: list[list[int]]) -> None:
+        """Counts what became of the step's drafts."""
+        batch, counters = self.runner.input_batch, self.planner.counters
+        drafted = list(map(len, batch.spec_token_ids))
+        if not any(drafted):
+            return
+        for count, tokens in zip(drafted, sampled_token_ids, strict=False):
+            if count and tokens:
+                counters.verified(count, len(tokens) - 1)
+        if self.by_confidence:
+            self._count_confident(drafted, sampled_token_ids)
+
+    def _count_confident(self, drafted: list[int], sampled_token_ids: list[list[int]]) -> None:
+        counters, confident, first = self.planner.counters, self.confident, 0
+        taken = unmatched = [False] * sum(drafted)
+        if confident is not None and confident.taken is not None and confident.unmatched is not None:
+            taken, unmatched = confident.taken.tolist(), confident.unmatched.tolist()
+        self.confident = None
+        for request, count, tokens in zip(self.runner.input_batch.req_ids, drafted, sampled_token_ids, strict=False):
+            expected = 1.0
+            for position in range(count if tokens else 0):
+                expected *= self.drafted[request].probabilities[position]
+                counters.expected[position] += expected
+                if position < len(tokens) - 1 and taken[first + position]:
+                    counters.confident[position] += 1
+                    counters.unmatched += unmatched[first + position]
+            first += count
+
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None
     ) -> list[list[int]]:
@@ -164,6 +193,7 @@ class MaskTokenProposer(MaskTokenTarget):
         begin = time.perf_counter()
         if len(self.layouts) > 1:
             self._observe(begin, sampled_token_ids)
+        self._count(sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         states = self.expansion.last
         if states is None:

@@ -136,6 +136,8 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
             num_drafts = tuple(-1 if inside else d for inside, d in zip(inside_prompt.tolist(), drafts, strict=True))
             request_len = batch.seq_lens[:num_requests].long()
         lengths = self._lengths(num_requests)
+        if not capture:
+            self.planner.counters.stepped(lengths)
         if not any(lengths):
             return None
         longest = self.max_model_len if capture else int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max())
