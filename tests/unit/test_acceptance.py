@@ -1,8 +1,11 @@
 """The acceptance benchmark's own counting: what is novel, what a forward gave, and the adapter without its sampler head."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 from benchmarks.acceptance import acceptance_length, figures, novel, table, without_sampler
+from benchmarks.confidence import agreement, common_prefix, truncating
+from vllm_mtp.acceptance import Drafted
 from vllm_mtp.adapter import read_adapter
 from vllm_mtp.cli.engine import Output
 
@@ -33,3 +36,27 @@ def test_without_sampler_leaves_the_rest_of_the_adapter_as_it_is(adapter_folder:
     assert all(
         (after.lora[name].a == weights.a).all() and (after.lora[name].b == weights.b).all() for name, weights in before.lora.items()
     )
+
+
+def test_agreement_is_counted_up_to_the_first_difference() -> None:
+    greedy = [Output([1, 2, 3, 4], [1, 3], ["", ""]), Output([5, 6], [1, 1], ["", ""])]
+    other = [Output([1, 2, 9, 4], [1, 3], ["", ""]), Output([5, 6], [1, 1], ["", ""])]
+    assert agreement(greedy, greedy, 0) == {"same_outputs": 1, "tokens_before_the_first_difference": 1, "best_tokens": 1}
+    assert agreement(other, greedy, 1) == {"same_outputs": 0.5, "tokens_before_the_first_difference": 4 / 6, "best_tokens": 5 / 6}
+    assert common_prefix([1, 2], [1, 2, 3]) == common_prefix([1, 2, 3], [1, 2]) == 2
+
+
+def test_truncated_drafts_end_at_the_first_below_tau_and_the_rule_ends_with_its_context() -> None:
+    class Proposer:
+        def __init__(self) -> None:
+            kinds = {"a": ([1, 2, 3], [0.9, 0.4, 0.9]), "b": ([4], [0.5]), "c": ([6, 7], [0.1, 1.0])}
+            self.drafted = {request: Drafted(*found, tau=0.5) for request, found in kinds.items()}
+            self.runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a", "none", "b", "c"]))
+
+        def propose(self) -> list[list[int]]:
+            return [[1, 2, 3], [], [4], [6, 7]]
+
+    proposer = Proposer()
+    with truncating(proposer):
+        assert proposer.propose() == [[1], [], [4], []]
+    assert proposer.propose() == [[1, 2, 3], [], [4], [6, 7]]

@@ -20,7 +20,7 @@ def _take_stdout() -> TextIO:
     return pipe
 
 
-def _generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
+def generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Complete `prompts` with at most `concurrency` in flight; tokens and text of every step by request."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -65,7 +65,7 @@ def main() -> None:
         llm = LLM(**json.loads(sys.stdin.readline()))
         reply({"ready": True})
         for line in sys.stdin:
-            generation = _generate(llm, json.loads(line))
+            generation = generate(llm, json.loads(line))
             if failures:
                 raise RuntimeError(f"speculation ended while {failures[0]}")
             reply(generation)
