@@ -16,19 +16,27 @@ MAX_SIZE, MAX_LAYERS = 2**24, 1000  # far above any model; a stranger's number m
 
 
 class StrictModel(BaseModel):
-    """A frozen model in which a misspelt key is an error. With `strict=True` a value of another type is one too: 4 is no "4"."""
+    """A frozen model in which a misspelt key is an error. With `strict=True` a value of another type is one too: 4 is no "4".
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    What stands in quotes below a field is its description, which the documentation is made from.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class BaseFacts(StrictModel, strict=True):
     """What an adapter must find in the base model that it is loaded beside."""
 
     name_or_path: str
+    """How users find the base: its name on the hub, or a folder."""
     model_type: str
+    """`model_type` of the base's config.json."""
     hidden_size: Annotated[int, Field(gt=0, le=MAX_SIZE)]
+    """d, the width of the base's states."""
     num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+    """The base's layers."""
     vocab_size: Annotated[int, Field(gt=0, le=MAX_SIZE)]
+    """Rows of the base's embedding."""
     fingerprint: str | None = None
     """SHA-256 of the base's norm weights rounded to bfloat16 (`adapter.fingerprint`); tells two bases of one shape apart."""
 
@@ -44,14 +52,19 @@ class AdapterConfig(StrictModel, strict=True):
     """`config.json` of an adapter folder."""
 
     model_type: Literal["vllm_mtp"] = "vllm_mtp"
+    """What makes a folder an adapter: the plugin acts when it reads this, and only then."""
     format_version: Literal[1] = 1
+    """Raised when older servers could not read the folder."""
     kind: Literal["gated-lora"] = "gated-lora"
+    """A LoRA that acts on mask rows only."""
     num_mask_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)]
     """k: the number of mask tokens trained, and so the largest number of drafts."""
     base: BaseFacts
+    """The base model that the adapter is for."""
     sampler: SamplerConfig | None = SamplerConfig()
-    """None: no sampler head; drafts are the plain head's argmax."""
+    """The sampler head's shape. None: no sampler head; drafts are the plain head's argmax."""
     serving: "ServingDefaults | None" = None
+    """Serving options that the adapter sets for its users."""
     training: dict[str, object] = Field(default_factory=dict)
     """Provenance: the command, its options, versions, steps, final losses and held-out figures. Not read by the server."""
 
@@ -75,6 +88,7 @@ class ServingDefaults(StrictModel, strict=True):
     """Serving options that an adapter may set for its users; an operator's own options win."""
 
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)] | None = None
+    """As the operator's option of this name; so are those below."""
     layout: Layout | None = None
     candidates: Annotated[int, Field(ge=1)] | None = None
     draft_sample_method: DraftSampleMethod | None = None
@@ -84,12 +98,18 @@ class ServingOptions(StrictModel, strict=True):
     """What `--speculative-config` (and `--additional-config '{"mtp": {..}}'`) may say beside vLLM's own keys."""
 
     adapter: str
+    """The adapter's folder; vLLM's key for it is `model`."""
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)]
+    """k, drafts of a request a step, at most the adapter's number of mask tokens. Left out: what the adapter's `serving` says, else
+    that number."""
     layout: Layout = "auto"
-    """auto: measured while serving (`load.LayoutChooser`), plain decoding included; on the V2 runner what the batch has rows for
-    (`load.widest_comb`)."""
+    """quadratic: k mask tokens behind every row, so that there are k fresh drafts whatever is accepted, for k(k+1) mask rows a
+    request. linear: k behind the last row only, so that there are drafts only when all were accepted. auto: what has given the most
+    tokens a second at this batch size, measured while serving (`load.LayoutChooser`), plain decoding included; on the V2 runner the
+    widest comb that the batch has rows for (`load.widest_comb`). A list: k + 1 group lengths, one behind every row."""
     candidates: Annotated[int, Field(ge=1)] = 32
-    """C: how many of the plain head's best tokens the sampler head scores for each mask state. At least the vocabulary: all."""
+    """C: how many of the plain head's best tokens the sampler head scores for each mask state. The vocabulary size or more gives
+    the paper's full computation."""
 
     draft_sample_method: DraftSampleMethod = "greedy"
     """probabilistic: drafts of a request at temperature t are drawn from softmax(scores / t) and accepted with probability

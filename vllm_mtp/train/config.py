@@ -28,41 +28,58 @@ class TrainConfig(StrictModel):
     """Options of `vllm-mtp train`."""
 
     base: Path
+    """Folder of the base model, with its tokenizer."""
     base_name: str | None = None
     """How users find the base, as the adapter names it; the folder's path by default."""
     data: tuple[Path, ...] = Field(min_length=1)
+    """Text files, .jsonl files with {"text": ..} in each line, or folders of them."""
     output: Path
+    """Folder for checkpoints and, as `adapter` in it, the adapter."""
     eval_data: tuple[Path, ...] = ()
-    """Text of held-out prompts; none: no evaluation."""
+    """Held-out prompts, read like the data, to count tokens a forward on; none: no evaluation."""
     eval_prompts: Positive = 48
+    """How many of them."""
 
     mask_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)] = 8
+    """k, the most drafts that the adapter can give."""
     rank: Positive = 32
+    """LoRA's rank, on all seven linear layers."""
     alpha: Positive | None = None
     """LoRA's alpha; twice the rank by default."""
     train_mask_embeddings: bool = True
+    """False: mask embeddings stay as they began."""
     sampler: bool = True
+    """Train a sampler head."""
     sampler_residual: bool = True
+    """As `residual` of the adapter's sampler head."""
 
     length: Annotated[int, Field(ge=8)] = 256
     """Real tokens in a sequence."""
     groups: Positive = 32
     """Groups of mask tokens behind random rows of a sequence; all share its one forward of real rows."""
     batch_size: Positive = 8
+    """Sequences a step."""
     steps: Positive = 2000
+    """Optimizer steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """AdamW's highest rate; it falls linearly after the warm-up."""
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the learning rate that is left after the linear decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
+    """Steps in which the rate rises from 0."""
     weight_decay: Weight = 0.0
+    """AdamW's."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
     targets: Literal["distribution", "argmax", "text"] = "distribution"
     """What mask rows learn: the base's next-token distribution at the real row of the same position, its argmax, or the text."""
     loss: LossWeights = LossWeights()
+    """What each term of the loss counts; see below."""
 
     on_policy: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of sequences that the base itself continued from a prompt of the data; the served text is the base's own."""
     on_policy_sequences: Positive = 4096
+    """How many such sequences are generated before the first step."""
     on_policy_greedy: Annotated[float, Field(ge=0, le=1)] = 0.75
     """Share of the continuations decoded greedily; the rest are sampled at temperature 1."""
     on_policy_engine: Literal["auto", "vllm", "transformers"] = "auto"
@@ -72,10 +89,15 @@ class TrainConfig(StrictModel):
     """Start from this adapter of the same shape instead of from nothing."""
 
     bf16: bool = True
+    """Compute in bfloat16; trained weights stay in float32."""
     compile: bool = False
+    """torch.compile: minutes to start, then a third faster."""
     seed: int = 0
+    """Of data and weights."""
     log_steps: Positive = 50
+    """Write losses every so many steps."""
     save_steps: Positive = 500
+    """Write a checkpoint every so many steps."""
     eval_steps: Positive | None = None
     """Evaluate every so many steps; None: at the end only."""
 
