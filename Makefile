@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-full compat check venv clean
+.PHONY: demo test test-full compat check docs dist venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -18,6 +18,18 @@ test-full: $(STAMP)
 # One wheel on every supported vLLM: an environment of 3.5 GB each, kept in build/compat, and a long run of tests.
 compat: $(STAMP)
 	$(BIN)/python -m tests.compat run
+
+# The site, without a network: links and references that lead nowhere are errors.
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python -m docs.generate
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs build/docs
+
+# The wheel is built from the sdist, so that the sdist is known to be whole.
+dist: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[release]"
+	rm -rf dist build/lib
+	$(BIN)/python -m build
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,4 +48,4 @@ $(STAMP): pyproject.toml setup.cfg
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

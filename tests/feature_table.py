@@ -1,4 +1,4 @@
-"""The table of vLLM's features in README.md, written from the tests' marks: `python -m tests.feature_table`.
+"""The table of vLLM's features in docs/features.md, read from the tests' marks; `python -m docs.generate` writes it.
 
 A test that serves a feature, or sees it refused, is marked `feature(row, verdict, remark)`. The marks are read, not run.
 """
@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / "README.md"
-BEGIN, END = "<!-- features: begin -->", "<!-- features: end -->"
 VERDICTS = ("works", "refused", "refused by vLLM")
 
 
@@ -60,14 +58,3 @@ def table(found: list[Row]) -> str:
         for row in found
     ]
     return "\n".join(lines)
-
-
-def with_table(readme: str, found: list[Row]) -> str:
-    """`readme` with the table between its marks."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(found)}\n{END}{after}"
-
-
-if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8"), rows()), encoding="utf-8")

@@ -69,7 +69,7 @@ from vllm_mtp.requirements import Requirement
 from vllm_mtp.vllm_source import Installed
 
 TESTED_VLLM = ("0.30", "0.31", "0.32")
-"""Minor releases on which engine tests pass (`python -m tests.compat`); which of them, says README.md."""
+"""Minor releases on which engine tests pass (`python -m tests.compat`); which of them, says docs/support.md."""
 OLDEST_VLLM = "0.26"
 """The oldest one whose source has all that is relied on; nothing is known of those before it."""
 REMEDY = (

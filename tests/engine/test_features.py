@@ -1,7 +1,7 @@
 """vLLM's features beside mask-token prediction: as in plain vLLM, or refused with the reason. In fp32, and greedy unless
 said otherwise.
 
-Each test carries the row of README's table that it stands for; `python -m tests.feature_table` writes the table from the marks.
+Each test carries the row of the table in docs/features.md that it stands for; `python -m docs.generate` writes it from the marks.
 """
 
 import copy

@@ -84,7 +84,7 @@ VALID: dict[str, Callable[[Any], bool]] = {
 
 
 def at_fault(options: dict[str, Any]) -> set[str]:
-    """The options that cannot be served by the small adapter, by this file's own reading of README's table."""
+    """The options that cannot be served by the small adapter, by this file's own reading of docs/options.md."""
     wrong = {name for name, value in options.items() if name not in VALID or not VALID[name](value)}
     k, layout = options["num_speculative_tokens"], options.get("layout", "auto")
     if "num_speculative_tokens" not in wrong:

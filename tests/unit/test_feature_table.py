@@ -1,16 +1,11 @@
-"""README's table of features is what the tests' marks say."""
+"""The table of features is what the tests' marks say."""
 
 from pathlib import Path
 
 import pytest
 
 from tests import feature_table
-from tests.feature_table import README, rows, with_table
-
-
-def test_the_table_is_up_to_date() -> None:
-    readme = README.read_text(encoding="utf-8")
-    assert with_table(readme, rows()) == readme, "run: python -m tests.feature_table"
+from tests.feature_table import rows
 
 
 def test_marks_are_read_from_decorators_and_parameters(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ class Doctor:
             import transformers  # noqa: F401
             import vllm  # noqa: F401
         except Exception as error:  # whatever a broken package raises
-            remedy = "install vLLM 0.32 (README, Installing vLLM for CPUs); beside a CPU torch uninstall torchvision and torchaudio"
+            remedy = "install vLLM 0.32 (docs/install.md); beside a CPU torch uninstall torchvision and torchaudio"
             raise Failed(f"{found}; {type(error).__name__}: {error}", remedy) from None
         figures = {"versions": versions, "accelerator": torch.accelerator.is_available()}
         if not any(entry.name == "mtp" for entry in importlib.metadata.entry_points(group="vllm.general_plugins")):

@@ -1,0 +1,225 @@
+"""The parts of the documentation that are made from the code: `python -m docs.generate` writes them anew.
+
+A generated part stands in a page between two comments with its name; what is around it is written by hand.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from tests import feature_table
+from vllm_mtp import compat, contract
+from vllm_mtp.cli.main import app
+from vllm_mtp.config import AdapterConfig, BaseFacts, SamplerConfig, ServingDefaults, ServingOptions
+from vllm_mtp.requirements import Called, CallsUs, EitherOf, Has, Imported, Mentions, Replaced, Subclassed, Takes
+from vllm_mtp.train.config import LossWeights, TrainConfig
+
+DOCS = Path(__file__).parent
+
+
+def cell(text: object) -> str:
+    """Text as a cell of a Markdown table: one line, `|` escaped."""
+    return re.sub(r"\s+", " ", str(text)).replace("|", r"\|").strip()
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(
+        ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+    )
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def values(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return " or ".join(values(one) for one in schema["anyOf"] if one != {"type": "null"})
+    if "$ref" in schema:
+        return schema["$ref"].rpartition("/")[2]
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    kind = schema["format"] if "format" in schema else schema["type"]
+    if kind == "array":
+        return f"list of {values(schema['items'])}"
+    words = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "path": "path"}
+    text = words.get(kind, kind)
+    for limit, word in (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to")):
+        if limit in schema:
+            text += f" {word} {schema[limit]:g}"
+    return text
+
+
+def default(field: FieldInfo) -> str:
+    """A field's default as it would be written in JSON."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    return "-" if value in (None, (), {}) else f"`{json.dumps(value)}`"
+
+
+def options(model: type[BaseModel], flags: dict[str, str] | None = None) -> str:
+    """A table of a configuration class: name, values, default and description, and the flag of the command line if any."""
+    properties = model.model_json_schema()["properties"]
+    rows = []
+    for name, field in model.model_fields.items():
+        row = [f"`{name}`", cell(values(properties[name])), default(field), cell(field.description)]
+        rows.append(row if flags is None else [row[0], f"`{flags[name]}`" if name in flags else "-", *row[1:]])
+    return table(["option", *(["flag"] if flags is not None else []), "values", "default", "meaning"], rows)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def commands() -> dict[str, Any]:
+    """The commands of `vllm-mtp`."""
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
+def flags(command: Any) -> dict[str, str]:
+    """The long flag of each option of a command, by the option's name."""
+    return {str(option.name): option.opts[0] for option in command.params if option.param_type_name == "option"}
+
+
+def train_flags() -> dict[str, str]:
+    """The flags of `vllm-mtp train` by the field of `TrainConfig` or `LossWeights` that they set."""
+    found = flags(commands()["train"])
+    return {"eval_data": found.pop("prompts"), **found}
+
+
+def command(name: str) -> str:
+    """A command's usage, purpose and options, from what its `--help` is made of."""
+    found = commands()[name]
+    with typer.Context(found, info_name=f"vllm-mtp {name}") as context:
+        usage = found.get_usage(context).removeprefix("Usage: ").strip()
+    rows = [row(parameter) for parameter in found.params]
+    parts = [f"## vllm-mtp {name}", f"```text\n{usage}\n```", found.help or "", table(["option", "default", "meaning"], rows)]
+    return "\n\n".join(filter(None, [*parts, (found.epilog or "").strip()]))
+
+
+def row(parameter: Any) -> list[str]:
+    """An option or argument of a command."""
+    is_option = parameter.param_type_name == "option"
+    names = [*parameter.opts, *parameter.secondary_opts] if is_option else [parameter.name.upper()]
+    given = "required" if parameter.required else "-" if parameter.default is None else f"`{json.dumps(parameter.default)}`"
+    return [cell(", ".join(f"`{name}`" for name in names)), cell(given), cell(parameter.help or "")]
+
+
+# -- names of vLLM -----------------------------------------------------------------------------------------------------
+
+
+def hooks() -> str:
+    """What of vLLM is replaced, when and why: the docstring of `vllm_mtp.compat`, with a list item for each name."""
+    lines: list[str] = []
+    for line in str(compat.__doc__).splitlines()[2:]:
+        if line.startswith("`"):
+            lines += [*([""] if lines[-1] else []), f"- {line}\\"]
+        else:
+            lines.append(f"  {line.strip()}" if line.startswith("    ") else line)
+    return "\n".join(lines).strip()
+
+
+def relied_on() -> str:
+    """The facts about vLLM that each group of the contract holds, by module."""
+    parts = []
+    for name, group in contract.GROUPS.items():
+        rows = [[f"`{fact.module or 'vllm'}`", cell(fact_of(fact))] for fact in group]
+        needed = ", needed only if asked for" if name in contract.OPTIONS else ""
+        parts += [f"### {name[0].upper()}{name[1:]}", f"{len(group)} facts{needed}.", table(["module of vLLM", "expected"], rows)]
+    return "\n\n".join(parts)
+
+
+def fact_of(fact: Any) -> str:
+    """A fact of the contract in words."""
+    match fact:
+        case Imported():
+            text = f"has `{'`, `'.join(fact.names.split())}`"
+        case Has():
+            text = f"`{fact.name}` has `{'`, `'.join(fact.attributes.split())}`"
+        case Replaced():
+            text = f"`{fact.name}({fact.ours})` is called; ours stands in its place"
+        case Called():
+            text = f"`{fact.name}({fact.arguments})` can be called"
+        case CallsUs():
+            given = ", ".join([*fact.arguments.split(), *(f"{name}=" for name in fact.keywords.split())])
+            text = f"`{fact.function}` calls our `{fact.method}({given})`"
+        case Subclassed():
+            methods = "`, `".join(fact.defined.split())
+            text = f"`{fact.name}`, which ours is a subclass of, has no other abstract methods than `{methods}`"
+        case Takes():
+            text = f"`{fact.name}` has a parameter `{fact.parameter}`"
+        case Mentions():
+            text = f"knows `{fact.text}`"
+        case EitherOf():
+            text = "; or ".join(fact_of(form) for form in fact.forms)
+        case _:
+            text = str(fact)
+    return text
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "options.md": {
+        "serving": lambda: options(ServingOptions),
+        "training": lambda: options(TrainConfig, train_flags()),
+        "losses": lambda: options(LossWeights, train_flags()),
+    },
+    "adapter-format.md": {
+        "adapter": lambda: options(AdapterConfig),
+        "base": lambda: options(BaseFacts),
+        "sampler": lambda: options(SamplerConfig),
+        "defaults": lambda: options(ServingDefaults),
+    },
+    "commands.md": {"commands": lambda: "\n\n".join(command(name) for name in commands())},
+    "features.md": {"features": lambda: feature_table.table(feature_table.rows())},
+    "hooks.md": {"hooks": hooks, "contract": relied_on},
+}
+
+
+def with_part(page: str, name: str, content: str) -> str:
+    """`page` with `content` between its two comments `name: begin` and `name: end`.
+
+    Raises:
+        ValueError: it does not have both.
+    """
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"no comments {begin.strip()} and {end}")
+    return f"{before}{begin}{content}\n{end}{after}"
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page with generated parts, and what it should hold."""
+    for name, parts in PARTS.items():
+        text = (DOCS / name).read_text(encoding="utf-8")
+        for part, content in parts.items():
+            text = with_part(text, part, content())
+        yield DOCS / name, text
+
+
+def main() -> None:
+    from docs import draw
+
+    for path, text in pages():
+        path.write_text(text, encoding="utf-8")
+    for name, figure in draw.drawn().items():
+        (DOCS / "figures" / name).write_text(figure, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
