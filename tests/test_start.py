@@ -1,0 +1,118 @@
+"""Every command of docs/start.md and docs/upgrade.md, in their order and as printed, in a fresh clone of the last commit.
+
+A block of commands to run is a fence marked `sh run`; one marked `sh server` is started, waited for, and stopped after the block
+that follows it. Installs several gigabytes, twice.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("start.md", "upgrade.md")
+SECONDS_TO_START = 900
+"""Of a server that builds its kernels and compiles its model, on a busy machine."""
+
+
+def blocks(page: str) -> Iterator[tuple[str, str]]:
+    """(`run` or `server`, commands) of every marked block of a page."""
+    for token in MarkdownIt("commonmark").parse(page):
+        if token.type == "fence" and (words := token.info.split())[:1] == ["sh"] and len(words) == 2:
+            yield words[1], token.content
+
+
+def environment() -> dict[str, str]:
+    """That of a newcomer's shell: nothing of this checkout is found in it."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+def run(commands: str, folder: Path) -> str:
+    """What commands print; fails at the first that does not end with status 0."""
+    bash = ["bash", "-euo", "pipefail", "-c", commands]
+    done = subprocess.run(
+        bash, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    print(f"$ {commands}{done.stdout}", flush=True)
+    assert done.returncode == 0, f"{commands}\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+@contextmanager
+def serving(command: str, folder: Path, log: Path) -> Iterator[None]:
+    """Runs a server until the context ends, as Ctrl-C does it."""
+    port = re.search(r"--port (\d+)", command)
+    assert port is not None
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"], cwd=folder, env=environment(), stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + SECONDS_TO_START
+        while not healthy(int(port[1])):
+            assert server.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(1)
+        assert "Mask-token prediction is on" in log.read_text()
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def healthy(port: int) -> bool:
+    """Whether a server answers there."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def counters(text: str) -> dict[str, float]:
+    """Prometheus' counters in a text, their labels left out."""
+    return {name: float(value) for name, value in re.findall(r"^(vllm:\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.full
+@pytest.mark.engine
+def test_every_command_as_printed_works(tmp_path: Path) -> None:
+    folder = tmp_path / "vllm-mtp"
+    subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+    printed = [block for name in PAGES for block in blocks((ROOT / "docs" / name).read_text(encoding="utf-8"))]
+    servers = 0
+    while printed:
+        kind, commands = printed.pop(0)
+        if kind == "run":
+            run(commands, folder)
+            continue
+        assert kind == "server", kind
+        servers += 1
+        with serving(commands, folder, tmp_path / f"server-{servers}.log"):
+            said = run(printed.pop(0)[1], folder)
+        assert '"finish_reason":"length"' in said
+        assert counters(said)["vllm:spec_decode_num_drafts_total"] > 0
+    assert servers == 2
+
+
+def test_blocks_are_those_that_are_marked() -> None:
+    page = "```sh run\na \\\n  b\n```\n\n    indented\n\n```sh\nunmarked\n```\n\n```sh server\nc\n```\n"
+    assert list(blocks(page)) == [("run", "a \\\n  b\n"), ("server", "c\n")]
+    for name in PAGES:
+        found = list(blocks((ROOT / "docs" / name).read_text(encoding="utf-8")))
+        assert [kind for kind, _ in found].count("server") == 1
+        assert all(after == "run" for (kind, _), (after, _) in pairwise(found) if kind == "server")
