@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = ("start.md", "upgrade.md")
 SECONDS_TO_START = 900
 """Of a server that builds its kernels and compiles its model, on a busy machine."""
