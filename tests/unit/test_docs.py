@@ -47,9 +47,10 @@ def anchors(text: str) -> set[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every command in a page's code blocks, environment in front left out."""
+    """The words of every command in a page's code, blocks that are no shell's left out."""
     for token in tokens(text):
-        if token.type not in ("fence", "code_block") or token.info.split()[:1] not in ([], ["sh"]):
+        is_block = token.type in ("fence", "code_block") and token.info.split()[:1] in ([], ["sh"])
+        if not is_block and token.type != "code_inline":
             continue
         for line in token.content.replace("\\\n", " ").splitlines():
             if re.match(r"\S*(make|python3?|pytest|vllm|vllm-mtp)\s", line.strip()):
@@ -104,9 +105,9 @@ def test_quoted_commands_exist(page: Path) -> None:
             assert set(words[1:]) <= targets, words
         elif program == "pytest":
             assert all((ROOT / word).exists() for word in words[1:] if word.endswith(".py")), words
-        elif program == "vllm-mtp":
+        elif program == "vllm-mtp" and words[1] != "COMMAND":
             command = generate.commands()[words[1]]
-            known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
+            known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)} | {"--help"}
             assert {word for word in words if word.startswith("-")} <= known, words
         elif "-m" in words and (module := words[words.index("-m") + 1]).partition(".")[0] in ("benchmarks", "docs", "tests"):
             path = ROOT.joinpath(*module.split("."))
