@@ -50,7 +50,7 @@ def values(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     kind = schema["format"] if "format" in schema else schema["type"]
     if kind == "array":
-        return f"list of {values(schema['items'])}"
+        return f"list, each a {values(schema['items'])}"
     words = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "path": "path"}
     text = words.get(kind, kind)
     for limit, word in (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to")):
