@@ -55,7 +55,7 @@ def serving(command: str, folder: Path, log: Path) -> Iterator[None]:
     assert port is not None
     with log.open("w") as file:
         server = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"], cwd=folder, env=environment(), stdout=file, stderr=file, start_new_session=True
+            ["bash", "-c", f"exec env {command}"], cwd=folder, env=environment(), stdout=file, stderr=file, start_new_session=True
         )
     try:
         deadline = time.monotonic() + SECONDS_TO_START

@@ -47,13 +47,14 @@ def anchors(text: str) -> set[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every command in a page's code, blocks that are no shell's left out."""
+    """The words of every command in a page's code, without variables in front; blocks that are no shell's left out."""
     for token in tokens(text):
         is_block = token.type in ("fence", "code_block") and token.info.split()[:1] in ([], ["sh"])
         if not is_block and token.type != "code_inline":
             continue
-        for line in token.content.replace("\\\n", " ").splitlines():
-            if re.match(r"\S*(make|python3?|pytest|vllm|vllm-mtp)\s", line.strip()):
+        for printed in token.content.replace("\\\n", " ").splitlines():
+            line = re.sub(r"^\s*([A-Z_]+=\S+\s+)*", "", printed)
+            if re.match(r"\S*(make|python3?|pytest|vllm|vllm-mtp)\s", line):
                 yield shlex.split(line, comments=True)
 
 
