@@ -104,7 +104,7 @@ class ServingOptions(StrictModel, strict=True):
     that number."""
     layout: Layout = "auto"
     """quadratic: k mask tokens behind every row, so that there are k fresh drafts whatever is accepted, for k(k+1) mask rows a
-    request. linear: k behind the last row only, so that there are drafts only when all were accepted. auto: what has given the most
+    request. linear: k behind the last row only, so that there are drafts only when all were accepted. auto: what promises the most
     tokens a second at this batch size, measured while serving (`load.LayoutChooser`), plain decoding included; on the V2 runner the
     widest comb that the batch has rows for (`load.widest_comb`). A list: k + 1 group lengths, one behind every row."""
     candidates: Annotated[int, Field(ge=1)] = 32
