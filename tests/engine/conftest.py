@@ -103,6 +103,8 @@ class Engines:
         """Ends the engine, if there is one. Its teardown takes down the process's distributed groups, so it must come before
         the next start."""
         if self.engine is not None:
+            # Before 0.31 an engine in this process that is merely let go keeps its cache for ever: vLLM has frozen its objects.
+            self.engine.llm.llm_engine.engine_core.shutdown()
             del self.engine.llm
         self.engine, self.key = None, ""
         gc.collect()
