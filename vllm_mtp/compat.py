@@ -72,17 +72,20 @@ TESTED_VLLM = ("0.30", "0.31", "0.32")
 """Minor releases on which engine tests pass (`python -m tests.compat`); which of them, says docs/support.md."""
 OLDEST_VLLM = "0.26"
 """The oldest one whose source has all that is relied on; nothing is known of those before it."""
-REMEDY = (
-    f"Install a vLLM that is tested ({', '.join(TESTED_VLLM)}), or serve without the adapter by leaving --speculative-config out."
-)
+REMEDY = f"Install a vLLM that is tested ({', '.join(TESTED_VLLM)}), or"
+WITHOUT = "serve without the adapter by leaving --speculative-config out."
 
 
 class UnsupportedVersion(RuntimeError):
     """The installed vLLM lacks something that this package relies on."""
 
 
-def check_vllm(requirements: Iterable[Requirement]) -> None:
+def check_vllm(requirements: Iterable[Requirement], option: str = "") -> None:
     """Looks whether the installed vLLM has what is relied on; warns once if it is one that was never tested.
+
+    Args:
+        requirements: what is relied on.
+        option: which the operator can leave out to be served all the same; without one, that is the adapter.
 
     Raises:
         UnsupportedVersion: it has not.
@@ -95,8 +98,8 @@ def check_vllm(requirements: Iterable[Requirement]) -> None:
     except InvalidVersion:  # built from a source tree without tags
         release = None
     if release is not None and release < Version(OLDEST_VLLM).release:
-        raise UnsupportedVersion(f"mask-token prediction needs vLLM {OLDEST_VLLM} or later; this is {version}. {REMEDY}")
-    _refuse(_violations(tuple(requirements)), version)
+        raise UnsupportedVersion(f"mask-token prediction needs vLLM {OLDEST_VLLM} or later; this is {version}. {REMEDY} {WITHOUT}")
+    _refuse(_violations(tuple(requirements)), version, option)
     if not is_tested(version):
         _warn_of_untested(version)
 
@@ -115,12 +118,12 @@ def _violations(requirements: tuple[Requirement, ...]) -> tuple[str, ...]:
     return tuple(contract.violations(Installed(), requirements))
 
 
-def _refuse(violations: Sequence[str], version: str) -> None:
+def _refuse(violations: Sequence[str], version: str, option: str = "") -> None:
     if violations:
         more = f" (and {len(violations) - 3} more)" if len(violations) > 3 else ""
         raise UnsupportedVersion(
-            f"mask-token prediction relies on what vLLM {version} does not have as expected: {'; '.join(violations[:3])}"
-            f"{more}. {REMEDY}"
+            f"{option or 'mask-token prediction'} relies on what vLLM {version} does not have as expected: "
+            f"{'; '.join(violations[:3])}{more}. {REMEDY} {'leave the option out.' if option else WITHOUT}"
         )
 
 
@@ -175,7 +178,7 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
         if asked is None:
             return original(self, target_model_config, target_parallel_config)
         on_v2, on_cpu = selection.runs_on_v2(), current_platform.is_cpu()
-        check_vllm(contract.needed(on_v2=on_v2, on_cpu=on_cpu, request_loras=bool(self.enable_lora)))
+        check_vllm(contract.needed(on_v2=on_v2, on_cpu=on_cpu))
         options = selection.resolve(
             asked,
             self.additional_config or {},
@@ -183,10 +186,14 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             target_parallel_config,
             request_loras=bool(self.enable_lora),
         )
-        if options.draft_sample_method == "probabilistic":
-            check_vllm(contract.V2_PROBABILISTIC_DRAFTS if on_v2 else contract.V1_PROBABILISTIC_DRAFTS)
-        if options.acceptance == "confidence":
-            check_vllm(contract.V2_CONFIDENCE if on_v2 else contract.V1_CONFIDENCE)
+        chosen = contract.options(
+            on_v2=on_v2,
+            probabilistic=options.draft_sample_method == "probabilistic",
+            by_confidence=options.acceptance == "confidence",
+            request_loras=bool(self.enable_lora),
+        )
+        for group in chosen:
+            check_vllm(contract.GROUPS[group], contract.OPTIONS[group])
         self.additional_config = {**(self.additional_config or {}), "mtp": options.model_dump(mode="json")}
         if on_cpu:  # for vLLM's cache of compiled graphs, whose key it is part of: ours call these kernels
             from vllm_mtp.kernels import cpu

@@ -317,14 +317,14 @@ GROUPS: dict[str, tuple[Requirement, ...]] = {
     "commands": COMMANDS,
 }
 
-OPTIONS = (
-    "probabilistic drafts on the V1 runner",
-    "acceptance by confidence on the V1 runner",
-    "probabilistic drafts on the V2 runner",
-    "acceptance by confidence on the V2 runner",
-    "request LoRA adapters",
-)
-"""Groups that only an option needs, which is refused where they are not met."""
+OPTIONS = {
+    "probabilistic drafts on the V1 runner": '"draft_sample_method": "probabilistic"',
+    "acceptance by confidence on the V1 runner": '"acceptance": "confidence"',
+    "probabilistic drafts on the V2 runner": '"draft_sample_method": "probabilistic"',
+    "acceptance by confidence on the V2 runner": '"acceptance": "confidence"',
+    "request LoRA adapters": "--enable-lora",
+}
+"""Groups that only an option needs, and the option, which is refused where they are not met."""
 
 
 def violations(vllm: SourceTree, requirements: Iterable[Requirement]) -> list[str]:
@@ -332,13 +332,12 @@ def violations(vllm: SourceTree, requirements: Iterable[Requirement]) -> list[st
     return [sentence for requirement in requirements for sentence in requirement.violations(vllm)]
 
 
-def needed(*, on_v2: bool, on_cpu: bool, request_loras: bool = False) -> Iterator[Requirement]:
-    """What a server relies on.
+def needed(*, on_v2: bool, on_cpu: bool) -> Iterator[Requirement]:
+    """What a server relies on, whatever its options.
 
     Args:
         on_v2: whether vLLM will take its V2 model runner.
         on_cpu: whether it runs on a CPU.
-        request_loras: whether requests may name LoRA adapters.
     """
     yield from REGISTRATION
     yield from SERVED_MODEL
@@ -346,8 +345,24 @@ def needed(*, on_v2: bool, on_cpu: bool, request_loras: bool = False) -> Iterato
     yield from V2_RUNNER if on_v2 else V1_RUNNER
     if on_cpu and not on_v2:
         yield from V1_RUNNER_ON_CPUS
+
+
+def options(*, on_v2: bool, probabilistic: bool, by_confidence: bool, request_loras: bool) -> Iterator[str]:
+    """Which of `OPTIONS` a server relies on.
+
+    Args:
+        on_v2: whether vLLM will take its V2 model runner.
+        probabilistic: whether drafts are drawn.
+        by_confidence: whether drafts may be accepted by confidence.
+        request_loras: whether requests may name LoRA adapters.
+    """
+    runner = "V2" if on_v2 else "V1"
+    if probabilistic:
+        yield f"probabilistic drafts on the {runner} runner"
+    if by_confidence:
+        yield f"acceptance by confidence on the {runner} runner"
     if request_loras:
-        yield from REQUEST_LORAS
+        yield "request LoRA adapters"
 
 
 def of_hook(name: str, module: str = "") -> Replaced:

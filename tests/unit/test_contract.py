@@ -16,7 +16,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 import vllm_mtp
 from tests import compat as compat_matrix
-from vllm_mtp import compat, contract, selection
+from vllm_mtp import compat, contract, demo, selection
+from vllm_mtp.plugin import register
 from vllm_mtp.requirements import EitherOf, Requirement
 from vllm_mtp.vllm_source import Installed, Parameters, SourceTree
 
@@ -286,6 +287,41 @@ def test_a_hook_that_is_gone_at_run_time_is_named(monkeypatch: pytest.MonkeyPatc
         compat.check_vllm(contract.needed(on_v2=False, on_cpu=True))
     assert "engine.arg_utils.EngineArgs.create_speculative_config is missing" in str(refusal.value)
     assert "Install a vLLM that is tested (0.30, 0.31, 0.32), or serve without the adapter" in str(refusal.value)
+
+
+@pytest.mark.usefixtures("unread")
+def test_what_only_an_option_needs_refuses_that_option_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.26 and 0.27 take drafts' logits in another form on the V2 runner; elsewhere they serve."""
+
+    def _compute_global_logprobs_and_logsumexp(logits: object) -> None: ...
+
+    utilities = "v1.worker.gpu.spec_decode.rejection_sampler_utils"
+    kernel = f"vllm.{utilities}._compute_global_logprobs_and_logsumexp"
+    monkeypatch.setattr(kernel, _compute_global_logprobs_and_logsumexp)
+    monkeypatch.setattr(selection, "runs_on_v2", lambda: True)
+    monkeypatch.setattr(selection, "vllm_version", lambda: "0.26.0")
+    register()
+
+    def start(**options: str) -> None:
+        speculative = {"method": "mtp", "model": str(demo.ADAPTER), "num_speculative_tokens": 4, **options}
+        EngineArgs(model=str(demo.BASE), speculative_config=speculative).create_engine_config()
+
+    start()
+    with pytest.raises(compat.UnsupportedVersion) as refusal:
+        start(draft_sample_method="probabilistic")
+    assert str(refusal.value) == (
+        f'"draft_sample_method": "probabilistic" relies on what vLLM 0.26.0 does not have as expected: {utilities}.'
+        "_compute_global_logprobs_and_logsumexp has no parameter temp. Install a vLLM that is tested (0.30, 0.31, 0.32), or "
+        "leave the option out."
+    )
+
+
+def test_every_option_is_a_group_that_is_not_needed_otherwise() -> None:
+    needed = {r for on_v2 in (False, True) for on_cpu in (False, True) for r in contract.needed(on_v2=on_v2, on_cpu=on_cpu)}
+    assert not needed & {requirement for group in contract.OPTIONS for requirement in contract.GROUPS[group]}
+    chosen = {group for on_v2 in (False, True) for group in contract.options(on_v2=on_v2, probabilistic=True, request_loras=True)}
+    assert chosen == set(contract.OPTIONS)
+    assert not list(contract.options(on_v2=True, probabilistic=False, request_loras=False))
 
 
 def test_without_its_first_hook_vllm_starts_as_ever(monkeypatch: pytest.MonkeyPatch, logged: list[logging.LogRecord]) -> None:

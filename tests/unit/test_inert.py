@@ -79,7 +79,8 @@ def test_vllm_is_held_against_the_contract_without_an_import() -> None:
     from vllm_mtp.vllm_source import Installed
     tree = Installed()
     for on_v2 in (False, True):
-        assert contract.violations(tree, contract.needed(on_v2=on_v2, on_cpu=not on_v2, request_loras=True)) == []
+        assert contract.violations(tree, contract.needed(on_v2=on_v2, on_cpu=not on_v2)) == []
+    assert [contract.violations(tree, contract.GROUPS[group]) for group in contract.OPTIONS] == [[]] * len(contract.OPTIONS)
     print(*sorted(name for name in sys.modules if name.split('.')[0] in ('vllm', 'torch', 'triton')))
     """
     )

@@ -215,7 +215,7 @@ class Doctor:
         from vllm_mtp import compat, contract, selection
 
         try:
-            needed = contract.needed(on_v2=selection.runs_on_v2(), on_cpu=current_platform.is_cpu(), request_loras=False)
+            needed = contract.needed(on_v2=selection.runs_on_v2(), on_cpu=current_platform.is_cpu())
             compat.check_vllm(needed)
         except compat.UnsupportedVersion as error:
             raise Failed(str(error)) from None
