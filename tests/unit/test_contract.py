@@ -316,12 +316,16 @@ def test_what_only_an_option_needs_refuses_that_option_only(monkeypatch: pytest.
     )
 
 
-def test_every_option_is_a_group_that_is_not_needed_otherwise() -> None:
+def test_every_option_is_a_group_that_needs_more_than_a_server_without_it() -> None:
     needed = {r for on_v2 in (False, True) for on_cpu in (False, True) for r in contract.needed(on_v2=on_v2, on_cpu=on_cpu)}
-    assert not needed & {requirement for group in contract.OPTIONS for requirement in contract.GROUPS[group]}
-    chosen = {group for on_v2 in (False, True) for group in contract.options(on_v2=on_v2, probabilistic=True, request_loras=True)}
+    assert all(set(contract.GROUPS[group]) - needed for group in contract.OPTIONS)
+    chosen = {
+        group
+        for on_v2 in (False, True)
+        for group in contract.options(on_v2=on_v2, probabilistic=True, by_confidence=True, request_loras=True)
+    }
     assert chosen == set(contract.OPTIONS)
-    assert not list(contract.options(on_v2=True, probabilistic=False, request_loras=False))
+    assert not list(contract.options(on_v2=True, probabilistic=False, by_confidence=False, request_loras=False))
 
 
 def test_without_its_first_hook_vllm_starts_as_ever(monkeypatch: pytest.MonkeyPatch, logged: list[logging.LogRecord]) -> None:
