@@ -173,6 +173,16 @@ class LayoutChooser:
             self._finish()
             self._start(len(tokens))
 
+    @property
+    def running(self) -> tuple[int, ...]:
+        """The layout of the running burst."""
+        return self.layouts[self._arm]
+
+    def expected(self, num_requests: int, rows: int) -> float:
+        """Seconds that a step of the running burst should take."""
+        arm = self._known(self._bucket).arms[self._arm]
+        return self.cost.predict(num_requests, rows) * arm.slowness * self.mood if self.cost.precision is not None else 0.0
+
     def best(self, num_requests: int) -> tuple[int, ...]:
         """The layout that is best so far for `num_requests` requests."""
         bucket = self._known((num_requests - 1).bit_length())

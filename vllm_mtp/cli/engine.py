@@ -101,9 +101,17 @@ class EngineProcess:
         self._receive()
 
     def generate(
-        self, prompts: Sequence[str], *, max_tokens: int, concurrency: int = 1, temperature: float = 0.0, seed: int | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        concurrency: int | list[int] = 1,
+        temperature: float = 0.0,
+        seed: int | None = None,
     ) -> Generation:
         """Complete `prompts`, at most `concurrency` at a time, each until end of text or `max_tokens`.
+
+        With a list, prompt i starts when fewer than `concurrency[i]` are in flight.
 
         With a temperature above 0, prompt i is sampled with seed `seed` + i.
         """

@@ -21,17 +21,22 @@ def _take_stdout() -> TextIO:
 
 
 def generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Complete `prompts` with at most `concurrency` in flight; tokens and text of every step by request."""
+    """Complete `prompts` with at most `concurrency` in flight; tokens and text of every step by request.
+
+    `concurrency` may be a list: prompt i starts when fewer than `concurrency[i]` are in flight.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     waiting = deque((i, tokenizer(prompt)["input_ids"]) for i, prompt in enumerate(request["prompts"]))
     outputs: list[dict[str, Any]] = [{"tokens": [], "steps": [], "pieces": []} for _ in waiting]
+    limits = request["concurrency"]
+    limits = limits if isinstance(limits, list) else [limits] * len(waiting)
     running = num_forwards = 0
     start = time.perf_counter()
     while waiting or running:
-        while waiting and running < request["concurrency"]:
+        while waiting and running < limits[waiting[0][0]]:
             index, ids = waiting.popleft()
             seed = None if request.get("seed") is None else request["seed"] + index
             params = SamplingParams(**request["sampling"], seed=seed, output_kind=RequestOutputKind.DELTA)
