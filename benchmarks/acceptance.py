@@ -23,7 +23,7 @@ from typing import Any
 
 from vllm_mtp import demo
 from vllm_mtp.adapter import read_adapter, write_adapter
-from vllm_mtp.cli.engine import EngineProcess, Output, tokens_per_forward
+from vllm_mtp.cli.engine import EngineError, EngineProcess, Output, tokens_per_forward
 from vllm_mtp.cli.measure import machine
 from vllm_mtp.train.evaluate import loops, novel_length
 from vllm_mtp.whole_files import write_whole
@@ -130,7 +130,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--max-tokens", type=int, default=128)
     options = parser.parse_args()
+    try:
+        _measure_all(options)
+    except (OSError, EngineError) as error:
+        sys.exit(f"error: {error}")
 
+
+def _measure_all(options: argparse.Namespace) -> None:
     report: dict[str, Any] = {
         "command": sys.argv,
         "machine": machine(),
@@ -139,10 +145,7 @@ def main() -> None:
         "rows": [],
     }
     logs = options.output.with_suffix(".logs")
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for sampler, layout, k, drafts in itertools.product(options.samplers, options.layouts, options.k, options.drafts):
             adapter = options.adapter
@@ -152,10 +155,7 @@ def main() -> None:
                     without_sampler(options.adapter, adapter)
             found = measure(options, adapter, k, layout, drafts, logs / f"{sampler}-{layout}-{k}-{drafts}.log")
             report["rows"].append({"k": k, "layout": layout, "sampler": sampler == "yes", "drafts": drafts, "figures": found})
-            try:
-                write_whole(options.output, json.dumps(report, indent=2) + "\n")
-            except OSError as error:
-                sys.exit(f"error: {error}")
+            write_whole(options.output, json.dumps(report, indent=2) + "\n")
             print(table(report["rows"]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(report["rows"]))
 

@@ -64,7 +64,7 @@ def _failed_clearly(result: dict[str, Any]) -> list[str]:
         missed.append("the exit status is 0")
     if result["traceback"]:
         missed.append("a traceback in the place of a sentence")
-    if "could not be written" not in result["says"] or "space" not in result["says"].lower():
+    if not result["says"].startswith("error: ") or "space" not in result["says"].lower():
         missed.append(f"the error does not say what is wrong: {result['says']}")
     return missed
 
