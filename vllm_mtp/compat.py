@@ -172,7 +172,7 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
         from vllm.platforms import current_platform
         from vllm.sampling_params import SamplingParams
 
-        from vllm_mtp import metrics, selection
+        from vllm_mtp import selection
 
         asked = selection.asked_for(self)
         if asked is None:
@@ -214,6 +214,8 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
         if on_v2:
             config = selection.for_v2_runner(config, options, self.max_num_seqs, self.max_num_batched_tokens)
+        from vllm_mtp import metrics
+
         # Into whatever process the configuration is sent.
         config.mask_token_options, config.mask_token_metrics = options, metrics.folder()
         _replace(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
