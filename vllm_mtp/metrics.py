@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ WRITE_EVERY, LOG_EVERY = 1.0, 60.0
 
 @dataclass(frozen=True)
 class Metric:
-    """A counter, or the one gauge, `vllm_mtp:info`.
+    """A counter or a gauge.
 
     Attributes:
         name: without `_total`, which Prometheus puts behind a counter's name.
@@ -59,6 +59,7 @@ INFO = Metric(
     ("adapter", "k", "layout", "acceptance", "tau", "draft_sample_method", "candidates"),
     "gauge",
 )
+ON = Metric("vllm_mtp:on", "1; 0 once an exception in the plugin has ended speculation, which the log has.", (), "gauge")
 STEPS = Metric(
     "vllm_mtp:steps", "Steps, by their layout: lengths of the groups behind row 0, 1, ..; plain: without masks.", ("layout",)
 )
@@ -83,7 +84,7 @@ SECONDS = Metric(
     "Time of the host: plan (of mask rows), drafter (its forward; on the V1 runner), hand_over (choosing groups, reading drafts).",
     ("part",),
 )
-METRICS = (INFO, STEPS, EXPANDED, REAL_ROWS, MASK_ROWS, DRAFTS, DRAFT_TOKENS, ACCEPTED, EXPECTED, UNMATCHED, SECONDS)
+METRICS = (INFO, ON, STEPS, EXPANDED, REAL_ROWS, MASK_ROWS, DRAFTS, DRAFT_TOKENS, ACCEPTED, EXPECTED, UNMATCHED, SECONDS)
 
 
 class Value(NamedTuple):
@@ -99,12 +100,13 @@ def layout_name(lengths: tuple[int, ...]) -> str:
     return ",".join(map(str, lengths)) if any(lengths) else "plain"
 
 
-def values(counters: Counters, options: ServingOptions) -> Iterator[Value]:
-    """What is exported of the counters."""
+def values(counters: Counters, options: ServingOptions, on: bool = True) -> Iterator[Value]:
+    """What is exported of an engine's counters, its options, and whether it still speculates."""
     tau = options.default_tau if options.acceptance == "confidence" else ""
     told = options.model_dump(mode="json")
     told |= {"k": options.num_speculative_tokens, "layout": _layout(options), "tau": tau}
     yield Value(INFO, tuple(str(told[label]) for label in INFO.labels), 1)
+    yield Value(ON, (), on)
     for lengths, steps in counters.layouts.items():
         yield Value(STEPS, (layout_name(lengths),), steps)
     for metric, value in (
@@ -216,12 +218,21 @@ class Exporter:
         options: of the engine.
         files: None: to the log alone.
         log: takes a line.
+        is_on: whether the engine still speculates.
     """
 
-    def __init__(self, owner: object, counters: Counters, options: ServingOptions, files: Files | None, log: Any) -> None:
-        self.counters, self.options, self.files, self.log = counters, options, files, log
+    def __init__(
+        self,
+        owner: object,
+        counters: Counters,
+        options: ServingOptions,
+        files: Files | None,
+        log: Callable[[str], None],
+        is_on: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.counters, self.options, self.files, self.log, self.is_on = counters, options, files, log, is_on
         self.logged, self.logged_at = counters.snapshot(), time.monotonic()
-        self.written: Counters | None = None
+        self.written: tuple[Counters, bool] | None = None
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._run, name="vllm-mtp metrics", daemon=True)
         self.thread.start()
@@ -238,9 +249,9 @@ class Exporter:
 
     def write(self) -> None:
         """Brings the files up to date."""
-        now = self.counters.snapshot()
+        now = self.counters.snapshot(), self.is_on()
         if self.files is not None and now != self.written:
-            self.files.write(values(now, self.options))
+            self.files.write(values(now[0], self.options, now[1]))
         self.written = now
 
     def log_line(self) -> None:
@@ -272,7 +283,9 @@ def folder() -> str:
     return _folder.name
 
 
-def export(owner: object, counters: Counters, options: ServingOptions, vllm_config: Any, logger: Any) -> Exporter:
+def export(
+    owner: object, counters: Counters, options: ServingOptions, vllm_config: Any, logger: Any, is_on: Callable[[], bool]
+) -> Exporter:
     """Starts to export what an engine's worker counts.
 
     Args:
@@ -280,11 +293,14 @@ def export(owner: object, counters: Counters, options: ServingOptions, vllm_conf
         counters, options: of the engine.
         vllm_config: its configuration, which holds the folder (`compat`).
         logger: of the log line.
+        is_on: as `Exporter` takes it.
     """
     files, path = None, getattr(vllm_config.speculative_config, "mask_token_metrics", None)
-    if path is not None and Path(path).is_dir():
-        name = vllm_config.model_config.served_model_name
-        files = Files(path, name, vllm_config.parallel_config.data_parallel_index)
-    else:
-        logger.info("Metrics of mask-token prediction are in the log alone: the API server runs on another machine")
-    return Exporter(owner, counters, options, files, logger.info)
+    name, engine = vllm_config.model_config.served_model_name, vllm_config.parallel_config.data_parallel_index
+    try:
+        if path is None or not Path(path).is_dir():
+            raise FileNotFoundError("the API server's folder for them is not on this machine")
+        files = Files(path, name, engine)
+    except OSError as error:
+        logger.warning("Metrics of mask-token prediction are in the log alone, and not at /metrics: %s", error)
+    return Exporter(owner, counters, options, files, logger.info, is_on)

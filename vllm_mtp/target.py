@@ -299,7 +299,10 @@ class MaskTokenTarget:
             self._scratch_bytes(runner) / 2**20,
         )
         if self.exporter is None and parallel.is_first_rank():
-            self.exporter = metrics.export(self, self.planner.counters, self.options, self.config, logger)
+            breaker = self.breaker  # not us: the exporter lives as long as we do
+            self.exporter = metrics.export(
+                self, self.planner.counters, self.options, self.config, logger, lambda: not breaker.is_open
+            )
 
     def _metadata_builder(self, group: Any) -> Any:
         """A metadata builder like the group's own, but for as many sequences and rows as a step of ours has.

@@ -120,20 +120,23 @@ class Owner:
 def test_an_exporter_follows_the_counters_and_ends_with_their_owner(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "WRITE_EVERY", 0.01)
     monkeypatch.setattr(metrics, "LOG_EVERY", 0.02)
-    owner, counters, log = Owner(), counted(), []
-    exporter = metrics.Exporter(owner, counters, LOSSY, metrics.Files(folder, "demo", 0), log.append)
+    owner, counters, log, on = Owner(), counted(), [], ["on"]
+    exporter = metrics.Exporter(owner, counters, LOSSY, metrics.Files(folder, "demo", 0), log.append, lambda: bool(on))
     counters.stepped((1, 1, 0))
     end = time.monotonic() + 20
     while not log and time.monotonic() < end:
         time.sleep(0.01)
     assert "layout 1,1,0" in log[0]
     assert sum(samples()["vllm_mtp:steps_total"].values()) == 4
+    assert sum(samples()["vllm_mtp:on"].values()) == 1
     counters.stepped((1, 1, 0))
+    on.clear()
     del owner
     gc.collect()
     exporter.thread.join(20)
     assert not exporter.thread.is_alive()
     assert sum(samples()["vllm_mtp:steps_total"].values()) == 5
+    assert sum(samples()["vllm_mtp:on"].values()) == 0
 
 
 def test_the_log_line() -> None:
