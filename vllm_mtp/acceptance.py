@@ -9,7 +9,7 @@ Nothing of the verification is done anew. Where a draft is taken, the target's d
 alone, so verification accepts it, with the random numbers that it would have drawn in any case. No vLLM import.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -134,14 +134,20 @@ def with_certain_rows(logits: torch.Tensor, drafts: torch.Tensor, confident: tor
     return certain.scatter_(1, at, torch.where(taken[:, None], 0.0, chosen)), taken
 
 
+Failed = Callable[[Exception], None]
 Known = ConfidentDrafts | ConfidenceStates
-_RUNNING: ContextVar[Known | None] = ContextVar("what is known of the drafts of the running step", default=None)
+_RUNNING: ContextVar[tuple[Known, Failed] | None] = ContextVar("what is known of the drafts of the running step", default=None)
 
 
 @contextmanager
-def taking(drafts: Known) -> Iterator[None]:
-    """While verification runs, `running` gives `drafts`."""
-    token = _RUNNING.set(drafts)
+def taking(drafts: Known, failed: Failed) -> Iterator[None]:
+    """While verification runs, `running` gives `drafts`, and `certain` makes their rows certain.
+
+    Args:
+        drafts: those of the step (V1), or of all requests (V2).
+        failed: is told of an exception in `certain`, which then changes nothing.
+    """
+    token = _RUNNING.set((drafts, failed))
     try:
         yield
     finally:
@@ -150,4 +156,18 @@ def taking(drafts: Known) -> Iterator[None]:
 
 def running() -> Any:
     """What is known of the drafts that are being verified, None where none of them is confident."""
-    return _RUNNING.get()
+    found = _RUNNING.get()
+    return None if found is None else found[0]
+
+
+def certain(logits: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+    """The target's logits as `drafts.certain(logits, *rows)` makes them of the running step; as they are where nothing is known."""
+    found = _RUNNING.get()
+    if found is None:
+        return logits
+    drafts, failed = found
+    try:
+        return drafts.certain(logits, *rows)
+    except Exception as error:
+        failed(error)
+        return logits

@@ -366,15 +366,13 @@ def _rejection_sample(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if (confident := acceptance.running()) is not None:
-            target_logits = confident.certain(target_logits, draft_token_ids)
         return original(
             draft_token_ids,
             num_draft_tokens,
             max_spec_len,
             cu_num_draft_tokens,
             draft_probs,
-            target_logits,
+            acceptance.certain(target_logits, draft_token_ids),
             *args,
             **kwargs,
         )
@@ -397,10 +395,8 @@ def _v2_rejection_sample(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if (confidence := acceptance.running()) is not None:
-            target_logits = confidence.certain(target_logits, draft_sampled, expanded_idx_mapping, expanded_local_pos)
         return original(
-            target_logits,
+            acceptance.certain(target_logits, draft_sampled, expanded_idx_mapping, expanded_local_pos),
             draft_logits,
             draft_sampled,
             cu_num_logits,

@@ -29,6 +29,8 @@ from vllm_mtp.plan import Counters
 
 WRITE_EVERY, LOG_EVERY = 1.0, 60.0
 """Seconds."""
+FILE_SIZE = 1 << 18
+"""More than the values of 32 drafts and all layouts take."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,8 @@ class Files:
         }
         for path in paths.values():
             path.unlink(missing_ok=True)  # of an engine before in this process
+            # Mapped memory behind which a full disk has no room ends the process that writes to it.
+            path.write_bytes(bytes(FILE_SIZE))
         self.files = {kind: MmapedDict(str(path)) for kind, path in paths.items()}
 
     def write(self, found: Iterator[Value]) -> None:

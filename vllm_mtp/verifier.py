@@ -95,37 +95,52 @@ def before(sampler: Any, breaker: Breaker) -> Callable[..., Any]:
     return forward
 
 
-def with_states(sampler: Any, confidence: ConfidenceStates) -> Callable[..., Any]:
+def with_states(sampler: Any, confidence: ConfidenceStates, breaker: Breaker) -> Callable[..., Any]:
     """The `_verify` of a rejection sampler of the V2 runner, while which what is known of all request states' drafts is known.
 
     Args:
         sampler: vLLM's RejectionSampler (v1/worker/gpu/spec_decode/rejection_sampler.py), whose `_verify` ends in
             `rejection_sample`.
         confidence: of the runner's request states.
+        breaker: once it is open, all drafts are verified.
     """
     original = sampler._verify
 
+    def failed(error: Exception) -> None:
+        breaker.trip("taking drafts by confidence", error)
+
     def _verify(*args: Any, **kwargs: Any) -> Any:
-        with acceptance.taking(confidence):
+        if breaker.is_open:
+            return original(*args, **kwargs)
+        with acceptance.taking(confidence, failed):
             return original(*args, **kwargs)
 
     return _verify
 
 
-def with_confidence(sampler: Any, confident: Callable[[Any], ConfidentDrafts | None]) -> Callable[..., Any]:
+def with_confidence(sampler: Any, confident: Callable[[Any], ConfidentDrafts | None], breaker: Breaker) -> Callable[..., Any]:
     """The forward of a rejection sampler while whose steps it is known which drafts are to be taken without a match.
 
     Args:
         sampler: vLLM's RejectionSampler, which ends in `rejection_sample` (`compat.hook_rejection_sample`).
         confident: of a step's SpecDecodeMetadata, its confident drafts; None: there are none.
+        breaker: once it is open, all drafts are verified.
     """
     verify = sampler.forward
 
+    def failed(error: Exception) -> None:
+        breaker.trip("taking drafts by confidence", error)
+
     def forward(metadata: Any, draft_probs: torch.Tensor | None, logits: torch.Tensor, sampling_metadata: Any) -> Any:
-        drafts = confident(metadata)
+        drafts = None
+        if not breaker.is_open:
+            try:
+                drafts = confident(metadata)
+            except Exception as error:
+                failed(error)
         if drafts is None:
             return verify(metadata, draft_probs, logits, sampling_metadata)
-        with acceptance.taking(drafts):
+        with acceptance.taking(drafts, failed):
             return verify(metadata, draft_probs, logits, sampling_metadata)
 
     return forward

@@ -142,7 +142,7 @@ def test_vllms_rejection_sampler_follows_the_rule(step: dict[str, Any]) -> None:
     )
     confident, original = ConfidentDrafts(step["confident"]), logits.clone()
     torch.manual_seed(step["seed"])
-    with acceptance.taking(confident):
+    with acceptance.taking(confident, pytest.fail):
         tokens = _rejection_sample(
             getattr(rejection_sampler.rejection_sample, "vllm_mtp_original", rejection_sampler.rejection_sample)
         )(
@@ -160,6 +160,15 @@ def test_vllms_rejection_sampler_follows_the_rule(step: dict[str, Any]) -> None:
     assert confident.taken.tolist() == taken
     assert torch.equal(logits, original)  # from which vLLM may still take log-probabilities
     assert acceptance.running() is None
+
+
+def test_a_failure_is_told_and_changes_nothing() -> None:
+    told: list[Exception] = []
+    logits = torch.zeros(2, V)
+    with acceptance.taking(ConfidentDrafts(torch.ones(5, dtype=torch.bool)), told.append):  # of another number
+        assert acceptance.certain(logits, torch.zeros(2, dtype=torch.int32)) is logits
+    assert isinstance(told[0], RuntimeError)
+    assert acceptance.certain(logits, torch.zeros(2, dtype=torch.int32)) is logits
 
 
 @settings(deadline=None)

@@ -59,7 +59,7 @@ class MaskTokenProposer(MaskTokenTarget):
             runner.rejection_sampler.forward = verifier.before(runner.rejection_sampler, self.breaker)
         if self.by_confidence:
             compat.hook_rejection_sample()
-            runner.rejection_sampler.forward = verifier.with_confidence(runner.rejection_sampler, self._confident)
+            runner.rejection_sampler.forward = verifier.with_confidence(runner.rejection_sampler, self._confident, self.breaker)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         return self.layouts[0] if len(self.layouts) == 1 else self.chooser.choose(num_requests)
@@ -69,9 +69,9 @@ class MaskTokenProposer(MaskTokenTarget):
         batch = self.runner.input_batch
         num_requests = batch.num_reqs
         lengths = self._lengths(num_requests)
+        self.planner.counters.stepped(lengths)
         rows = np.diff(self.runner.query_start_loc.np[: num_requests + 1])
         self.verified, self.num_rows = (rows - 1).tolist(), int(rows.sum())
-        self.planner.counters.stepped(lengths)
         if not any(lengths):
             return None
         request_len = batch.num_computed_tokens_cpu[:num_requests] + rows
@@ -161,9 +161,9 @@ class MaskTokenProposer(MaskTokenTarget):
             taken, unmatched = confident.taken.tolist(), confident.unmatched.tolist()
         self.confident = None
         for request, count, tokens in zip(self.runner.input_batch.req_ids, drafted, sampled_token_ids, strict=False):
-            expected = 1.0
+            known, expected = self.drafted.get(request), 1.0
             for position in range(count if tokens else 0):
-                expected *= self.drafted[request].probabilities[position]
+                expected *= known.probabilities[position] if known is not None else 0.0
                 counters.expected[position] += expected
                 if position < len(tokens) - 1 and taken[first + position]:
                     counters.confident[position] += 1

@@ -107,11 +107,14 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
 
         def add(req_idx: int, *args: Any) -> None:  # and the prompt's length, in vLLM 0.30
             add_request(req_idx, *args)
-            tau = RequestOptions.checked(args[-1].extra_args).mtp_tau
-            confidence.forget(req_idx, self.options.default_tau if tau is None else tau)
+            try:
+                tau = RequestOptions.checked(args[-1].extra_args).mtp_tau
+                confidence.forget(req_idx, self.options.default_tau if tau is None else tau)
+            except Exception as error:
+                self.breaker.trip("taking in a request", error)
 
         sampler.add_request = add
-        rejection_sampler._verify = verifier.with_states(rejection_sampler, confidence)
+        rejection_sampler._verify = verifier.with_states(rejection_sampler, confidence, self.breaker)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         if len(self.layouts) == 1:
