@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,9 +62,12 @@ class ConfidentDrafts:
                 (by grammar, `bad_words`, top-k and the rest) has -inf and is not taken.
             drafts: [D]; below 0 for one that must be rejected.
         """
-        certain, self.taken = with_certain_rows(logits, drafts, self.confident)
+        at = drafts.long().clamp(min=0)[:, None]
+        chosen = logits.gather(1, at)
+        self.taken = self.confident & (drafts >= 0) & (chosen[:, 0] > -torch.inf)
         self.unmatched = self.taken & (logits.argmax(-1) != drafts)
-        return certain
+        taken = self.taken[:, None]
+        return logits.masked_fill(taken, -torch.inf).scatter_(1, at, torch.where(taken, 0.0, chosen))
 
     def certain_best(self, best: np.ndarray, logits: np.ndarray, rows: np.ndarray, drafts: np.ndarray) -> np.ndarray:
         """`certain` for greedy verification on a host: the target's best tokens, with taken drafts in their places.
@@ -82,69 +84,16 @@ class ConfidentDrafts:
         return best
 
 
-@dataclass(frozen=True)
-class ConfidenceStates:
-    """What the drafter thought of the last drafts of each request state, on the device.
-
-    Attributes:
-        probabilities: of the drafts, [S, k], float32; below 0 where there is none, which no threshold lets pass.
-        tau: of each state, [S], float32.
-    """
-
-    probabilities: torch.Tensor
-    tau: torch.Tensor
-
-    @classmethod
-    def empty(cls, num_states: int, k: int, device: torch.device) -> "ConfidenceStates":
-        """Of states without drafts."""
-        return cls(torch.full((num_states, k), -1.0, device=device), torch.full((num_states,), torch.inf, device=device))
-
-    def forget(self, state: int, tau: float) -> None:
-        """A new request has this state, and this threshold."""
-        self.probabilities[state] = -1.0
-        self.tau[state] = tau
-
-    def certain(self, logits: torch.Tensor, tokens: torch.Tensor, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The target's logits with rows of taken drafts made certain, [N, V]; a copy, and nothing is read back.
-
-        Args:
-            logits: of the target behind all verified rows, those behind the last drafts among them, after everything that the
-                requests ask for.
-            tokens: of these rows, [N]: the token sampled last and, behind it, the drafts, each verified by the row before it;
-                below 0 for one that must be rejected.
-            states: of their requests, [N].
-            positions: of the rows in their requests, [N]: 0 for the token sampled last.
-        """
-        drafts, at = tokens.roll(-1), positions.clamp(max=self.probabilities.shape[1] - 1).long()
-        drafted = (positions.roll(-1) == positions + 1) & (states.roll(-1) == states)
-        index = states.long()
-        confident = drafted & (self.probabilities[index, at] >= self.tau[index])
-        return with_certain_rows(logits, drafts, confident)[0]
-
-
-def with_certain_rows(logits: torch.Tensor, drafts: torch.Tensor, confident: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of logits [D, V] in which rows of drafts that are taken have their draft alone, and which drafts those are, [D].
-
-    Taken are those of the confident ones [D] whose logit is above -inf, the drafts [D] themselves being tokens (0 or above).
-    """
-    at = drafts.long().clamp(min=0)[:, None]
-    chosen = logits.gather(1, at)
-    taken = confident & (drafts >= 0) & (chosen[:, 0] > -torch.inf)
-    certain = logits.masked_fill(taken[:, None], -torch.inf)
-    return certain.scatter_(1, at, torch.where(taken[:, None], 0.0, chosen)), taken
-
-
 Failed = Callable[[Exception], None]
-Known = ConfidentDrafts | ConfidenceStates
-_RUNNING: ContextVar[tuple[Known, Failed] | None] = ContextVar("what is known of the drafts of the running step", default=None)
+_RUNNING: ContextVar[tuple[ConfidentDrafts, Failed] | None] = ContextVar("confident drafts of the running step", default=None)
 
 
 @contextmanager
-def taking(drafts: Known, failed: Failed) -> Iterator[None]:
+def taking(drafts: ConfidentDrafts, failed: Failed) -> Iterator[None]:
     """While verification runs, `running` gives `drafts`, and `certain` makes their rows certain.
 
     Args:
-        drafts: those of the step (V1), or of all requests (V2).
+        drafts: those of the step.
         failed: is told of an exception in `certain`, which then changes nothing.
     """
     token = _RUNNING.set((drafts, failed))
@@ -154,14 +103,14 @@ def taking(drafts: Known, failed: Failed) -> Iterator[None]:
         _RUNNING.reset(token)
 
 
-def running() -> Any:
-    """What is known of the drafts that are being verified, None where none of them is confident."""
+def running() -> ConfidentDrafts | None:
+    """The confident drafts of the step that is being verified, None where there are none."""
     found = _RUNNING.get()
     return None if found is None else found[0]
 
 
 def certain(logits: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
-    """The target's logits as `drafts.certain(logits, *rows)` makes them of the running step; as they are where nothing is known."""
+    """The target's logits as `ConfidentDrafts.certain` makes them of the running step; as they are where it has no such drafts."""
     found = _RUNNING.get()
     if found is None:
         return logits

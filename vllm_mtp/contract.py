@@ -264,25 +264,6 @@ V2_PROBABILISTIC_DRAFTS: tuple[Requirement, ...] = (
     Takes("v1.worker.gpu.spec_decode.rejection_sampler_utils", "_compute_global_logprobs_and_logsumexp", "temp"),
 )
 
-V2_CONFIDENCE: tuple[Requirement, ...] = (
-    Imported("v1.worker.gpu.spec_decode", "rejection_sampler"),
-    Has(V2, "GPUModelRunner", "sampler rejection_sampler"),
-    Has("v1.worker.gpu.sample.sampler", "Sampler", "add_request"),
-    Has("v1.worker.gpu.spec_decode.rejection_sampler", "RejectionSampler", "_verify"),
-    EitherOf(
-        (
-            CallsUs(V2, "GPUModelRunner.add_requests", "add_request", "req_index sampling_params"),
-            CallsUs(V2, "GPUModelRunner.add_requests", "add_request", "req_index prompt_len sampling_params"),
-        )
-    ),
-    Replaced(
-        "v1.worker.gpu.spec_decode.rejection_sampler",
-        "rejection_sample",
-        "target_logits, draft_logits, draft_sampled, cu_num_logits, pos, idx_mapping, expanded_idx_mapping, expanded_local_pos, "
-        "*args, **kwargs",
-    ),
-)
-
 REQUEST_LORAS: tuple[Requirement, ...] = (
     Mentions("lora.model_manager", "lora_manager"),
     Imported("lora.layers", "LogitsProcessorWithLoRA VocabParallelEmbeddingWithLoRA"),
@@ -312,7 +293,6 @@ GROUPS: dict[str, tuple[Requirement, ...]] = {
     "acceptance by confidence on the V1 runner": V1_CONFIDENCE,
     "V2 runner": V2_RUNNER,
     "probabilistic drafts on the V2 runner": V2_PROBABILISTIC_DRAFTS,
-    "acceptance by confidence on the V2 runner": V2_CONFIDENCE,
     "request LoRA adapters": REQUEST_LORAS,
     "commands": COMMANDS,
 }
@@ -321,7 +301,6 @@ OPTIONS = {
     "probabilistic drafts on the V1 runner": '"draft_sample_method": "probabilistic"',
     "acceptance by confidence on the V1 runner": '"acceptance": "confidence"',
     "probabilistic drafts on the V2 runner": '"draft_sample_method": "probabilistic"',
-    "acceptance by confidence on the V2 runner": '"acceptance": "confidence"',
     "request LoRA adapters": "--enable-lora",
 }
 """Groups that only an option needs, and the option, which is refused where they are not met."""
@@ -359,19 +338,19 @@ def options(*, on_v2: bool, probabilistic: bool, by_confidence: bool, request_lo
     runner = "V2" if on_v2 else "V1"
     if probabilistic:
         yield f"probabilistic drafts on the {runner} runner"
-    if by_confidence:
-        yield f"acceptance by confidence on the {runner} runner"
+    if by_confidence:  # refused on V2
+        yield "acceptance by confidence on the V1 runner"
     if request_loras:
         yield "request LoRA adapters"
 
 
-def of_hook(name: str, module: str = "") -> Replaced:
-    """What is expected of a name that is to be replaced; `name` is that in its module, which need not be said of a class's.
+def of_hook(name: str) -> Replaced:
+    """What is expected of a name that is to be replaced; `name` is that in its module.
 
     Raises:
         LookupError: it is not listed here.
     """
     for requirement in (requirement for group in GROUPS.values() for requirement in group):
-        if isinstance(requirement, Replaced) and requirement.name == name and module in ("", requirement.module):
+        if isinstance(requirement, Replaced) and requirement.name == name:
             return requirement
     raise LookupError(f"{name} is replaced, but vllm_mtp.contract does not say what is expected of it")

@@ -121,16 +121,6 @@ class Groups:
         first = self.start[group.clamp(min=0)]
         return (first + torch.arange(k, device=first.device)).clamp(max=self.num_rows - 1)
 
-    def num_drafts(self, accepted: torch.Tensor) -> torch.Tensor:
-        """How many of the rows of `draft_rows` are those of the request's own group, [R]; without a host read.
-
-        Args:
-            accepted: as `draft_rows` takes it.
-        """
-        of_requests = self.accepted_group[: accepted.shape[0]]
-        group = of_requests.gather(1, accepted.long().clamp(0, of_requests.shape[1] - 1)[:, None])[:, 0]
-        return torch.where((group >= 0) & (accepted >= 0), self.length[group.clamp(min=0)], 0)
-
 
 @lru_cache(maxsize=512)
 def plan_groups(

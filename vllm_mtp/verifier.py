@@ -10,7 +10,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
 from vllm_mtp import acceptance
-from vllm_mtp.acceptance import ConfidenceStates, ConfidentDrafts
+from vllm_mtp.acceptance import ConfidentDrafts
 from vllm_mtp.breaker import Breaker
 
 REJECTED = -1
@@ -93,29 +93,6 @@ def before(sampler: Any, breaker: Breaker) -> Callable[..., Any]:
         return SamplerOutput(sampled_token_ids=torch.from_numpy(tokens), logprobs_tensors=None)
 
     return forward
-
-
-def with_states(sampler: Any, confidence: ConfidenceStates, breaker: Breaker) -> Callable[..., Any]:
-    """The `_verify` of a rejection sampler of the V2 runner, while which what is known of all request states' drafts is known.
-
-    Args:
-        sampler: vLLM's RejectionSampler (v1/worker/gpu/spec_decode/rejection_sampler.py), whose `_verify` ends in
-            `rejection_sample`.
-        confidence: of the runner's request states.
-        breaker: once it is open, all drafts are verified.
-    """
-    original = sampler._verify
-
-    def failed(error: Exception) -> None:
-        breaker.trip("taking drafts by confidence", error)
-
-    def _verify(*args: Any, **kwargs: Any) -> Any:
-        if breaker.is_open:
-            return original(*args, **kwargs)
-        with acceptance.taking(confidence, failed):
-            return original(*args, **kwargs)
-
-    return _verify
 
 
 def with_confidence(sampler: Any, confident: Callable[[Any], ConfidentDrafts | None], breaker: Breaker) -> Callable[..., Any]:

@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 
 from vllm_mtp import acceptance, selection
-from vllm_mtp.acceptance import ConfidenceStates, ConfidentDrafts, Drafted
+from vllm_mtp.acceptance import ConfidentDrafts, Drafted
 from vllm_mtp.compat import _rejection_sample
 from vllm_mtp.config import RequestOptions, ServingOptions
 from vllm_mtp.verifier import REJECTED, greedy_tokens
@@ -75,7 +74,6 @@ def trimmed(tokens: Any) -> list[list[int]]:
     return [[token for token in row if token != REJECTED] for row in tokens.tolist()]
 
 
-@settings(deadline=None)
 @given(steps())
 def test_greedy_steps_on_a_host_follow_the_rule(step: dict[str, Any]) -> None:
     best = step["logits"].argmax(-1)
@@ -169,45 +167,6 @@ def test_a_failure_is_told_and_changes_nothing() -> None:
         assert acceptance.certain(logits, torch.zeros(2, dtype=torch.int32)) is logits
     assert isinstance(told[0], RuntimeError)
     assert acceptance.certain(logits, torch.zeros(2, dtype=torch.int32)) is logits
-
-
-@settings(deadline=None)
-@given(steps(), st.permutations(range(6)))
-def test_the_v2_runners_rows_follow_the_rule(step: dict[str, Any], states: list[int]) -> None:
-    """Rows of requests one after the other, the token sampled last in front of the drafts; request states in another order."""
-    counts, taus = step["num_drafts"], [0.2, 0.5, 2.0, 0.9]
-    confidence = ConfidenceStates.empty(6, 4, torch.device("cpu"))
-    tokens, of_row, positions, drafts = [], [], [], iter(range(len(step["drafts"])))
-    chances = torch.rand(len(step["drafts"]), generator=torch.Generator().manual_seed(step["seed"]))
-    expected = []
-    for request, count in enumerate(counts):
-        confidence.forget(states[request], taus[request])
-        tokens += [3]
-        for position in range(count):
-            draft = next(drafts)
-            rejected = int(step["drafts"][draft]) == V - 1  # as grammars reject drafts
-            tokens.append(-1 if rejected else int(step["drafts"][draft]))
-            confidence.probabilities[states[request], position] = chances[draft]
-            allowed = bool(step["logits"][step["rows"][draft], step["drafts"][draft]] > -torch.inf)
-            expected.append(not rejected and allowed and bool(chances[draft] >= taus[request]))
-        of_row += [states[request]] * (1 + count)
-        positions += range(1 + count)
-    original = step["logits"].clone()
-    certain = confidence.certain(
-        step["logits"], torch.tensor(tokens).int(), torch.tensor(of_row).int(), torch.tensor(positions).int()
-    )
-    assert torch.equal(step["logits"], original)
-    for draft, row in enumerate(step["rows"]):
-        alone = torch.full((V,), -torch.inf).index_fill(0, step["drafts"][draft], 0.0)
-        assert torch.equal(certain[row], alone if expected[draft] else original[row])
-    assert torch.equal(certain[torch.from_numpy(step["last"])], original[torch.from_numpy(step["last"])])
-
-
-def test_a_states_drafts_are_read_on_the_device_alone() -> None:
-    with FakeTensorMode():
-        confidence = ConfidenceStates.empty(6, 4, torch.device("cpu"))
-        ids = torch.zeros(9, dtype=torch.int32)
-        assert confidence.certain(torch.zeros(9, V), ids, ids, ids).shape == (9, V)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1))), st.floats(0, 1.5), st.integers(0, 6))

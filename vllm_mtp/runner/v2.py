@@ -14,9 +14,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_mtp import compat, load, verifier
-from vllm_mtp.acceptance import ConfidenceStates
-from vllm_mtp.config import RequestOptions
+from vllm_mtp import load
 from vllm_mtp.layout import Groups
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.target import MaskTokenTarget
@@ -53,7 +51,6 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         )  # a draft model's modules are prepared for communication, in vLLM 0.26 whether there is one or not
         self.drafts = torch.zeros(self.max_requests, self.k, dtype=torch.int64, device=device)
         self.planned: PlannedStep | None = None
-        self.confidence = ConfidenceStates.empty(self.max_requests, self.k, device) if self.by_confidence else None
 
     def load_model(self, runner: Any) -> None:
         """Installs mask rows in the loaded model, and the plan of a step behind vLLM's own preparation of its attention.
@@ -95,26 +92,6 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         """Takes the runner once its KV cache stands."""
         super().bind(runner)
         self.sampling_states = runner.sampler.sampling_states
-        if self.confidence is not None:
-            compat.hook_v2_rejection_sample()
-            self._take_confident_drafts(runner.sampler, runner.rejection_sampler, self.confidence)
-
-    def _take_confident_drafts(self, sampler: Any, rejection_sampler: Any, confidence: ConfidenceStates) -> None:
-        """Lets the samplers of a runner know thresholds and probabilities; may be called again for the same ones."""
-        if "add_request" in vars(sampler):
-            return
-        add_request = sampler.add_request
-
-        def add(req_idx: int, *args: Any) -> None:  # and the prompt's length, in vLLM 0.30
-            add_request(req_idx, *args)
-            try:
-                tau = RequestOptions.checked(args[-1].extra_args).mtp_tau
-                confidence.forget(req_idx, self.options.default_tau if tau is None else tau)
-            except Exception as error:
-                self.breaker.trip("taking in a request", error)
-
-        sampler.add_request = add
-        rejection_sampler._verify = verifier.with_states(rejection_sampler, confidence, self.breaker)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         if len(self.layouts) == 1:
@@ -206,8 +183,6 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
                 )
             except Exception as error:
                 self.breaker.trip("drafting", error)
-        if self.confidence is not None:
-            self.confidence.probabilities[requests] = -1.0
         if sampling:  # the distribution of a certain draft
             self._publish(requests, torch.zeros_like(self.candidates[requests]))
         return drafts.zero_()
@@ -231,24 +206,13 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         sampled = last_sampled.view(-1)[requests].long()
         hidden = states[: groups.num_rows]
         if not sampling:
-            if self.confidence is None:
-                return drafts.copy_(self.draft(hidden, rows, sampled))
-            best, probabilities = self.draft_with_confidence(hidden, rows, sampled)
-            self._remember(requests, probabilities, groups.num_drafts(num_sampled - 1))
-            return drafts.copy_(best)
+            return drafts.copy_(self.draft(hidden, rows, sampled))
         last_positions = (input_batch.seq_lens[:num_requests] - num_rejected).long()
-        found = self.sample_drafts(hidden, rows, sampled, temperature[requests], seeds[requests], last_positions)
-        tokens, candidates, scores = found
-        if self.confidence is not None:
-            self._remember(requests, found.confidence(), groups.num_drafts(num_sampled - 1))
+        tokens, candidates, scores = self.sample_drafts(
+            hidden, rows, sampled, temperature[requests], seeds[requests], last_positions
+        )
         self._publish(requests, candidates, scores)
         return drafts.copy_(tokens)
-
-    def _remember(self, requests: torch.Tensor, probabilities: torch.Tensor, count: torch.Tensor) -> None:
-        """Keeps the probabilities [R, k] of the drafts of `requests`; those from `count` [R] on have none."""
-        assert self.confidence is not None
-        position = torch.arange(self.k, device=count.device)
-        self.confidence.probabilities[requests] = torch.where(position < count[:, None], probabilities, -1.0)
 
     def _publish(self, requests: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor | float = 0.0) -> None:
         """Tells the rejection sampler what the drafts of `requests` were drawn from.
