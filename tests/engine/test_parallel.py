@@ -61,7 +61,7 @@ def disturb_clock(worker: Any) -> None:
         worker.layouts.append(choose(num_requests))
         return worker.layouts[-1]
 
-    chooser.observe = lambda tokens, seconds: observe(tokens, seconds * clock.uniform(0.1, 10))
+    chooser.observe = lambda drafts, tokens, rows, seconds: observe(drafts, tokens, rows, seconds * clock.uniform(0.1, 10))
     chooser.choose = choosing
 
 
