@@ -341,7 +341,7 @@ def _prepare_inputs_of_a_step_without_drafts(original: Callable[..., Any]) -> Ca
 
 
 def _rejection_sample(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_mtp import acceptance
+    from vllm_mtp import confidence
 
     def rejection_sample(
         draft_token_ids: Any,
@@ -359,7 +359,7 @@ def _rejection_sample(original: Callable[..., Any]) -> Callable[..., Any]:
             max_spec_len,
             cu_num_draft_tokens,
             draft_probs,
-            acceptance.certain(target_logits, draft_token_ids),
+            confidence.certain(target_logits, draft_token_ids),
             *args,
             **kwargs,
         )

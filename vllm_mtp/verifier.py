@@ -9,9 +9,9 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
-from vllm_mtp import acceptance
-from vllm_mtp.acceptance import ConfidentDrafts
+from vllm_mtp import confidence
 from vllm_mtp.breaker import Breaker
+from vllm_mtp.confidence import ConfidentDrafts
 
 REJECTED = -1
 """What stands behind the tokens of a request in the sampler's output (rejection_sampler.py, PLACEHOLDER_TOKEN_ID)."""
@@ -84,7 +84,7 @@ def before(sampler: Any, breaker: Breaker) -> Callable[..., Any]:
         try:
             scores, drafts = logits.float().numpy(), metadata.draft_token_ids.numpy()
             best = scores.argmax(-1)
-            if (confident := acceptance.running()) is not None:
+            if (confident := confidence.running()) is not None:
                 best = confident.certain_best(best, scores, metadata.target_logits_indices.numpy(), drafts)
             tokens = greedy_tokens(best, drafts, np.array(metadata.num_draft_tokens))
         except Exception as error:
@@ -117,7 +117,7 @@ def with_confidence(sampler: Any, confident: Callable[[Any], ConfidentDrafts | N
                 failed(error)
         if drafts is None:
             return verify(metadata, draft_probs, logits, sampling_metadata)
-        with acceptance.taking(drafts, failed):
+        with confidence.taking(drafts, failed):
             return verify(metadata, draft_probs, logits, sampling_metadata)
 
     return forward

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 from benchmarks.acceptance import acceptance_length, figures, novel, table, without_sampler
 from benchmarks.confidence import agreement, common_prefix, truncating
-from vllm_mtp.acceptance import Drafted
 from vllm_mtp.adapter import read_adapter
 from vllm_mtp.cli.engine import Output
+from vllm_mtp.confidence import Drafted
 
 
 def test_a_novel_beginning_is_cut_inside_the_forward_that_ends_it() -> None:

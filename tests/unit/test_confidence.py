@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 
-from vllm_mtp import acceptance, selection
-from vllm_mtp.acceptance import ConfidentDrafts, Drafted
+from vllm_mtp import confidence, selection
 from vllm_mtp.compat import _rejection_sample
+from vllm_mtp.confidence import ConfidentDrafts, Drafted
 from vllm_mtp.config import RequestOptions, ServingOptions
 from vllm_mtp.verifier import REJECTED, greedy_tokens
 
@@ -140,7 +140,7 @@ def test_vllms_rejection_sampler_follows_the_rule(step: dict[str, Any]) -> None:
     )
     confident, original = ConfidentDrafts(step["confident"]), logits.clone()
     torch.manual_seed(step["seed"])
-    with acceptance.taking(confident, pytest.fail):
+    with confidence.taking(confident, pytest.fail):
         tokens = _rejection_sample(
             getattr(rejection_sampler.rejection_sample, "vllm_mtp_original", rejection_sampler.rejection_sample)
         )(
@@ -157,16 +157,16 @@ def test_vllms_rejection_sampler_follows_the_rule(step: dict[str, Any]) -> None:
     assert confident.taken is not None
     assert confident.taken.tolist() == taken
     assert torch.equal(logits, original)  # from which vLLM may still take log-probabilities
-    assert acceptance.running() is None
+    assert confidence.running() is None
 
 
 def test_a_failure_is_told_and_changes_nothing() -> None:
     told: list[Exception] = []
     logits = torch.zeros(2, V)
-    with acceptance.taking(ConfidentDrafts(torch.ones(5, dtype=torch.bool)), told.append):  # of another number
-        assert acceptance.certain(logits, torch.zeros(2, dtype=torch.int32)) is logits
+    with confidence.taking(ConfidentDrafts(torch.ones(5, dtype=torch.bool)), told.append):  # of another number
+        assert confidence.certain(logits, torch.zeros(2, dtype=torch.int32)) is logits
     assert isinstance(told[0], RuntimeError)
-    assert acceptance.certain(logits, torch.zeros(2, dtype=torch.int32)) is logits
+    assert confidence.certain(logits, torch.zeros(2, dtype=torch.int32)) is logits
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1))), st.floats(0, 1.5), st.integers(0, 6))

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_mtp import compat, load, parallel, verifier
-from vllm_mtp.acceptance import ConfidentDrafts, Drafted
+from vllm_mtp.confidence import ConfidentDrafts, Drafted
 from vllm_mtp.config import NO_OPTIONS, RequestOptions
 from vllm_mtp.drafter import SampledDrafts
 from vllm_mtp.plan import EngineStep, PlannedStep
