@@ -1,4 +1,9 @@
-"""Attention of mask rows on a CPU: vLLM's kernel serves the real rows as in plain decoding, ours the mask rows beside them."""
+"""Attention of steps with mask rows on a CPU.
+
+Our kernel serves the mask rows. In bfloat16 it serves the real rows of decoding steps in the same pass, with and without mask rows:
+vLLM's is made for prompts and takes ten times as long for a few rows a request. In float32 real rows stay with vLLM's kernel, so that
+they are what plain vLLM computes, to the bit.
+"""
 
 import itertools
 import weakref
@@ -8,11 +13,14 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
+from vllm_mtp.config import MAX_MASK_TOKENS
 from vllm_mtp.kernels import cpu
 from vllm_mtp.layout import Groups
 from vllm_mtp.plan import EngineStep
 
 logger = init_logger("vllm.mtp")
+
+MOST_ROWS = 1 + MAX_MASK_TOKENS  # of a request that decodes
 
 
 def kernels_load() -> bool:
@@ -84,11 +92,36 @@ class _Layer:
         **_: Any,
     ) -> torch.Tensor:
         """Attention of all rows, into `output`; the K/V of the real rows are in the cache."""
-        self.attend(layer, query, key, value, kv_cache, metadata, output=output)
-        if self.attention.step is not None and metadata is not None:
-            groups, table, num_real = self.attention.step
-            self.attention.kernel(output, query, key, value, kv_cache, table, *groups, num_real, *self.options)
+        if metadata is None:  # a warm-up run
+            return output
+        groups, table, num_real = self.attention.step or (_NO_GROUPS, metadata.block_table, query.shape[0])
+        real = _real_rows(metadata, query, key.shape[1])
+        if real is None:
+            self.attend(layer, query, key, value, kv_cache, metadata, output=output)
+        if real is not None or self.attention.step is not None:
+            self.attention.kernel(
+                output, query, key, value, kv_cache, table, *groups, num_real, *self.options, *(real or (None, None))
+            )
         return output
+
+
+_NO_GROUPS = (torch.empty(0, dtype=torch.long),) * 4
+
+
+def _real_rows(metadata: Any, query: torch.Tensor, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """First rows and tokens of the requests whose rows our kernel serves, [R + 1] and [R]; None where vLLM's is to serve them.
+
+    Ours shares the work out by request and KV head, vLLM's can split the tokens of one request too.
+    """
+    requests = metadata.seq_lens.shape[0]
+    if (
+        query.dtype != torch.bfloat16
+        or metadata.max_query_len > MOST_ROWS
+        or requests * num_kv_heads < torch.get_num_threads()
+        or not metadata.causal
+    ):
+        return None
+    return metadata.query_start_loc, metadata.seq_lens
 
 
 def _expanded_attention_(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, number: int) -> None:

@@ -108,15 +108,16 @@ def test_comb_attention(data: st.DataObject) -> None:
     draw = data.draw
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype, block, size = draw(DTYPES), draw(st.sampled_from([16, 32, 128])), draw(st.sampled_from([16, 64, 96]))
-    (kv_heads, shared), real = draw(st.sampled_from([(1, 1), (2, 3), (3, 2)])), draw(st.integers(0, 4))
+    kv_heads, shared = draw(st.sampled_from([(1, 1), (2, 3), (3, 2)]))
     lengths = draw(st.lists(st.integers(0, 300), min_size=1, max_size=3))
+    rows = [draw(st.integers(0, min(4, length))) for length in lengths]
     groups = [
         (request, draw(st.integers(1, 5)), max(0, length - ahead))
         for request, length in enumerate(lengths)
         for ahead in reversed(range(draw(st.integers(0, 4))))
     ] or [(0, 1, lengths[0])]
     layout = CombLayout.of(*(list(column) for column in zip(*groups, strict=True)), len(lengths), torch.device("cpu"))
-    masks = sum(length for _, length, _ in groups)
+    masks, real = sum(length for _, length, _ in groups), sum(rows)
     fused = torch.randn(real + masks, (shared + 2) * kv_heads, size, generator=generator).to(dtype)
     q, k, v = fused.split([shared * kv_heads, kv_heads, kv_heads], 1)
 
@@ -134,15 +135,33 @@ def test_comb_attention(data: st.DataObject) -> None:
     cache = cache.view(len(keys), kv_heads, block, 2 * size)
 
     options = size**-0.5, draw(st.sampled_from([0, 0, 1, 9, 64])), draw(st.sampled_from([0.0, 0.0, 2.0]))
-    double = CombInputs(
-        q[real:].double(), k[real:].double(), v[real:].double(), keys.double(), values.double(), table, layout, *options
-    )
-    wanted = comb_attention_reference(double)
+
+    def wanted(layout: CombLayout, *qkv: torch.Tensor) -> torch.Tensor:
+        doubles = (tensor.double() for tensor in (*qkv, keys, values))
+        return comb_attention_reference(CombInputs(*doubles, table, layout, *options))
+
     out = torch.zeros_like(fused[:, : shared * kv_heads])
     starts = (layout.prefix_len.long(), layout.group_start.long(), layout.group_of_row.long(), layout.row_start.long())
     torch.ops.vllm_mtp.comb_attention_cpu_(out, q, k, v, cache, table, *starts, real, *options)
     assert not out[:real].any()
-    assert ((out[real:].double() - wanted).abs() <= TOLERANCE[dtype]).all()
+    of_masks = wanted(layout, q[real:], k[real:], v[real:])
+    assert ((out[real:].double() - of_masks).abs() <= TOLERANCE[dtype]).all()
+
+    # A real row is a group of one row, whose key and value happen to be in the cache.
+    last = [(request, length - ahead) for request, length in enumerate(lengths) for ahead in range(rows[request], 0, -1)]
+    of_real = torch.zeros(0, shared * kv_heads, size, dtype=torch.double)
+    if last:
+        requests, positions = (list(column) for column in zip(*last, strict=True))
+        blocks, slots = table[requests, [at // block for at in positions]].long(), torch.tensor(positions) % block
+        alone = CombLayout.of(requests, [1] * real, positions, len(lengths), torch.device("cpu"))
+        of_real = wanted(alone, q[:real], keys[blocks, slots], values[blocks, slots])
+    counts = torch.tensor([0, *accumulate(rows)]).int(), torch.tensor(lengths).int()
+    torch.ops.vllm_mtp.comb_attention_cpu_(out, q, k, v, cache, table, *starts, real, *options, *counts)
+    assert ((out[:real].double() - of_real).abs() <= TOLERANCE[dtype]).all()
+    assert ((out[real:].double() - of_masks).abs() <= TOLERANCE[dtype]).all()
+    together = out[:real].clone()
+    torch.ops.vllm_mtp.comb_attention_cpu_(out, q, k, v, cache, table, *(torch.zeros(0).long(),) * 4, len(q), *options, *counts)
+    assert torch.equal(out[:real], together), "a row's sum depends on the rows beside it"
 
 
 def test_a_compiler_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
