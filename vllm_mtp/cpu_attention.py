@@ -1,13 +1,14 @@
 """Attention of steps with mask rows on a CPU.
 
 Our kernel serves the mask rows. In bfloat16 it serves the real rows of decoding steps in the same pass, with and without mask rows:
-vLLM's is made for prompts and takes ten times as long for a few rows a request. In float32 real rows stay with vLLM's kernel, so that
-they are what plain vLLM computes, to the bit.
+vLLM's is made for prompts and takes ten times as long for a few rows a request. In float32 real rows stay with vLLM's kernel, so
+that they are what plain vLLM computes, to the bit.
 """
 
 import itertools
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ logger = init_logger("vllm.mtp")
 MOST_ROWS = 1 + MAX_MASK_TOKENS  # of a request that decodes
 
 
+@cache
 def kernels_load() -> bool:
     """Whether our kernels for CPUs are there; without them the same is done by more and slower operations."""
     try:

@@ -108,6 +108,11 @@ class PackedSampler:
         self.linear_2 = PackedLinear(head.linear_2.weight.data, head.linear_2.bias.data)
         self.norm_1, self.norm_2, self.residual = head.norm_1, head.norm_2, head.residual
 
+    @property
+    def linears(self) -> tuple[PackedLinear, ...]:
+        """All of them."""
+        return self.from_previous, self.from_state, self.linear_2
+
     def project(self, z: torch.Tensor) -> torch.Tensor:
         """As `SamplerHead.project`."""
         return self.from_state(z)

@@ -83,8 +83,10 @@ class StepCost:
     may as well be twice that or nothing."""
 
     def __init__(self) -> None:
-        self.precision: np.ndarray | None = None
-        self.weighted, self.terms = np.zeros(5), np.zeros(5)
+        self.is_fitted = False
+        self.prior = np.eye(5), np.zeros(5)
+        self.precision, self.weighted = np.zeros((5, 5)), np.zeros(5)
+        self.terms = np.array([1.0, 0, 0, 0, 0])
 
     @staticmethod
     def _facts(requests: float, rows: float) -> np.ndarray:
@@ -98,17 +100,16 @@ class StepCost:
             requests, rows: of a step, in the mean; rows are verified ones and mask rows.
             seconds: of a step, in the mean.
         """
-        if self.precision is None:
+        if not self.is_fitted:
             believed = self.SHARES * seconds / np.array([1, requests, requests, 1, requests])
-            self.prior = np.diag(1 / believed**2), 1 / believed
-            self.precision, self.weighted = np.zeros((5, 5)), np.zeros(5)
+            self.prior, self.is_fitted = (np.diag(1 / believed**2), 1 / believed), True
         facts = self._facts(requests, rows) / (NOISE * seconds)
         self.precision = FORGET * self.precision + np.outer(facts, facts)
         self.weighted = FORGET * self.weighted + facts / NOISE
         self.terms = np.linalg.solve(self.prior[0] + self.precision, self.prior[1] + self.weighted)
 
     def predict(self, requests: float, rows: float) -> float:
-        """Seconds of such a step; of more rows never less than of none but the requests' own."""
+        """Seconds of such a step, 1 for all before the first burst; of more rows never less than of none but the requests' own."""
         facts = self._facts(requests, rows)
         plain = max(float(facts[:2] @ self.terms[:2]), 1e-9)
         return plain + max(float(facts[2:] @ self.terms[2:]), 0.0)

@@ -137,6 +137,8 @@ class LayoutChooser:
         self.acceptance, self.cost = Acceptance(len(layouts[0]) - 1), StepCost()
         self.mood = 1.0
         """What steps take of late, of what was forecast: machines have neighbours, whatever the layout."""
+        self._gains = self._gains_now()
+        """Tokens and rows of a request with each layout, as of the last burst."""
         self._plain = [i for i, lengths in enumerate(layouts) if not any(lengths)]
         self._buckets: dict[int, _Bucket] = {}
         self._bucket = -1
@@ -181,7 +183,7 @@ class LayoutChooser:
     def expected(self, num_requests: int, rows: int) -> float:
         """Seconds that a step of the running burst should take."""
         arm = self._known(self._bucket).arms[self._arm]
-        return self.cost.predict(num_requests, rows) * arm.slowness * self.mood if self.cost.precision is not None else 0.0
+        return self.cost.predict(num_requests, rows) * arm.slowness * self.mood if self.cost.is_fitted else 0.0
 
     def best(self, num_requests: int) -> tuple[int, ...]:
         """The layout that is best so far for `num_requests` requests."""
@@ -195,11 +197,14 @@ class LayoutChooser:
 
     def _promises(self, bucket: _Bucket, num_requests: int) -> list[float]:
         """Tokens a second that each layout promises."""
-        acceptance, promises = self.acceptance.by_position(), []
-        for lengths, arm in zip(self.layouts, bucket.arms, strict=True):
-            tokens, rows = tokens_and_rows(lengths, acceptance)
-            promises.append(num_requests * tokens / (self.cost.predict(num_requests, num_requests * rows) * arm.slowness))
-        return promises
+        return [
+            num_requests * tokens / (self.cost.predict(num_requests, num_requests * rows) * arm.slowness)
+            for (tokens, rows), arm in zip(self._gains, bucket.arms, strict=True)
+        ]
+
+    def _gains_now(self) -> list[tuple[float, float]]:
+        acceptance = self.acceptance.by_position()
+        return [tokens_and_rows(lengths, acceptance) for lengths in self.layouts]
 
     def _winner(self, bucket: _Bucket, promises: list[float]) -> int:
         """The best layout: in a tie the one that is, and above all plain decoding: what brings nothing is not worth its rows."""
@@ -216,7 +221,7 @@ class LayoutChooser:
         """Begins a burst of the best layout, or of a rival that is due."""
         bucket, before = self._known(self._bucket), self._arm
         self._arm, self._length = bucket.best, TRIAL
-        if self.cost.precision is not None:
+        if self.cost.is_fitted:
             promises = self._promises(bucket, num_requests)
             bucket.best = self._arm = self._winner(bucket, promises)
             self._length = BURST
@@ -248,9 +253,8 @@ class LayoutChooser:
         bucket, steps = self._buckets[self._bucket], len(self._steps)
         arm = bucket.arms[self._arm]
         requests, rows = (sum(column) / steps for column in list(zip(*self._steps, strict=True))[:2])
-        forecast = self.cost.predict if self.cost.precision is not None else (lambda *_: 1.0)
-        median = statistics.median(seconds / forecast(here, of_them) for here, of_them, seconds in self._steps)
-        seconds = self.agree(median) * forecast(requests, rows)
+        median = statistics.median(seconds / self.cost.predict(here, of_them) for here, of_them, seconds in self._steps)
+        seconds = self.agree(median) * self.cost.predict(requests, rows)
         if arm.tried:
             surprise = seconds / (self.cost.predict(requests, rows) * arm.slowness * self.mood)
             arm.slowness *= surprise**LEARN
@@ -261,6 +265,7 @@ class LayoutChooser:
         if not arm.tried:
             arm.slowness, arm.tried = seconds / self.mood / self.cost.predict(requests, rows), True
         bucket.bursts += 1
+        self._gains = self._gains_now()
         if self._arm != bucket.best:
             promises = self._promises(bucket, round(requests))
             lost = (TRIAL + SETTLE) * max(promises[bucket.best] / promises[self._arm] - 1, 0.0)

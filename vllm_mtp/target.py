@@ -18,6 +18,7 @@ from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tens
 from vllm_mtp.breaker import Breaker
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.cpu_attention import CpuCombAttention, kernels_load, supports
+from vllm_mtp.cpu_drafter import PanelDrafter
 from vllm_mtp.cpu_linear import PackedSampler, with_kernels, with_packed_products
 from vllm_mtp.cpu_memory import FreedMemory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
@@ -48,6 +49,7 @@ class MaskTokenTarget:
         layouts: the layouts that steps may have; one, unless the operator leaves the choice to us.
         planner, expansion, drafter: the parts, once installed.
         breaker: opens when one of them fails.
+        drafts_any_number: whether `draft` takes fewer than k rows a request.
         draft, sample_drafts, draft_with_confidence: the drafter's `__call__` and, if drafts are probabilistic, its `sample`, and in
             acceptance by confidence its `with_confidence`, once bound.
     """
@@ -55,6 +57,7 @@ class MaskTokenTarget:
     planner: Planner
     expansion: Expansion
     drafter: Drafter
+    drafts_any_number: bool
     draft: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     sample_drafts: Callable[..., SampledDrafts]
     draft_with_confidence: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -280,7 +283,9 @@ class MaskTokenTarget:
         context = self.config.compilation_config.static_forward_context
         self.attention.bind([context[name].kv_cache for name in group.layer_names])
         self.planner.bind(self.config.cache_config.block_size, self.first_scratch_block)
-        self.draft = self._compiled_drafter(self.drafter.__call__)
+        in_one_call = PanelDrafter.of(self.drafter, self.expansion.target)
+        self.draft = in_one_call or self._compiled_drafter(self.drafter.__call__)
+        self.drafts_any_number = in_one_call is not None
         if self.by_confidence:
             self.draft_with_confidence = self._compiled_drafter(self.drafter.with_confidence)
         if self.probabilistic:

@@ -13,7 +13,7 @@ import torch
 from torch.utils import cpp_extension
 
 DTYPES = (torch.float32, torch.bfloat16)
-SOURCES = ("linear.cpp", "gated_lora.cpp", "comb_attention.cpp")
+SOURCES = ("linear.cpp", "gated_lora.cpp", "comb_attention.cpp", "drafter.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-w")
 
 
@@ -23,8 +23,8 @@ class NotBuilt(RuntimeError):
 
 @lru_cache(maxsize=1)
 def load() -> None:
-    """Makes the operations `torch.ops.vllm_mtp.gated_lora_cpu_`, `comb_attention_cpu_`, `linear_cpu` and `gated_linear_cpu`, and
-    builds them if this machine has not yet: half a minute.
+    """Makes the operations `torch.ops.vllm_mtp.gated_lora_cpu_`, `comb_attention_cpu_`, `linear_cpu`, `gated_linear_cpu` and `draft_cpu`,
+    and builds them if this machine has not yet: half a minute.
 
     Raises:
         NotBuilt: see there. The compiler is that of $CXX, else g++.
@@ -40,7 +40,7 @@ def load() -> None:
 
 
 def has_linear() -> bool:
-    """Whether `linear_cpu` and `gated_linear_cpu` run on this processor: it has AVX-512 BF16."""
+    """Whether `linear_cpu`, `gated_linear_cpu` and `draft_cpu` run on this processor: it has AVX-512 BF16."""
     load()
     return bool(torch.ops.vllm_mtp.has_linear_cpu())
 

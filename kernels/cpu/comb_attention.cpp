@@ -12,30 +12,6 @@
 namespace vllm_mtp {
 namespace {
 
-// e^x of x <= 0, relative error below 1e-6: 2^n times a polynomial of the rest (Cephes, expf).
-inline Vec exp_of(Vec x) {
-  typedef int32_t Int __attribute__((vector_size(64)));
-  const Vec lowest = x * 0.f - 87.f;
-  x = x < lowest ? lowest : x;
-  const Vec n_float = x * 1.44269504088896341f;
-  const Int n = __builtin_convertvector(n_float - 0.5f, Int);
-  const Vec whole = __builtin_convertvector(n, Vec);
-  const Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Vec p = 1.9875691500E-4f * r + 1.3981999507E-3f;
-  p = p * r + 8.3334519073E-3f;
-  p = p * r + 4.1665795894E-2f;
-  p = p * r + 1.6666665459E-1f;
-  p = p * r + 5.0000001201E-1f;
-  p = p * r * r + r + 1.f;
-  return p * (Vec)((n + 127) << 23);
-}
-
-inline float sum_of(Vec v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
 struct Sizes {
   int64_t heads, kv_heads, head_size, block, window;
   float scale, softcap;

@@ -11,6 +11,8 @@ from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout, comb_attenti
 from vllm_mtp.kernels.cpu.linear import PanelSlices, panels
 from vllm_mtp.kernels.gated_lora import CpuLowRankSlices, LowRankSlices, gated_lora_add_reference, gated_lora_reference
 
+from vllm_mtp.sampler_head import SamplerHead
+
 from .conftest import RUNS_TRITON
 
 pytestmark = pytest.mark.skipif(RUNS_TRITON, reason="the other process tests them")
@@ -91,6 +93,42 @@ def test_linear(real: int, masks: int, inputs: int, sizes: list[int], rank: int,
     plain = ops.linear_cpu(x[:real], w, bias, firsts[-1])
     assert torch.equal(y[:real], plain)
     assert all(torch.equal(plain[i : i + 1], ops.linear_cpu(x[i : i + 1], w, bias, firsts[-1])) for i in range(real))
+
+
+@pytest.mark.skipif(not cpu.has_linear(), reason="the processor has no AVX-512 BF16")
+@settings(max_examples=40, deadline=None)
+@given(
+    requests=st.integers(1, 5),
+    k=st.integers(1, 4),
+    width=st.sampled_from([16, 48, 384]),
+    vocab=st.sampled_from([7, 33, 2048]),
+    candidates=st.sampled_from([1, 2, 6]),
+    residual=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_drafter(requests: int, k: int, width: int, vocab: int, candidates: int, residual: bool, seed: int) -> None:
+    """Every draft is one of the plain head's candidates, and of those the sampler head's best, given the draft before it."""
+    torch.manual_seed(seed)
+    head = SamplerHead(width, residual).bfloat16().requires_grad_(False)
+    for norm in (head.norm_1, head.norm_2):
+        norm.weight.normal_(1, 0.3), norm.bias.normal_()
+    w, e, hidden = (torch.randn(n, width).bfloat16() for n in (vocab + 3, vocab + 1, requests * k + 2))
+    rows, sampled = torch.randperm(len(hidden))[: requests * k].view(requests, k), torch.randint(vocab, (requests,))
+    weight = head.linear_1.weight
+    drafts = torch.ops.vllm_mtp.draft_cpu(
+        *(hidden, rows, sampled, panels(w), w, e, panels(weight[:, :width]), panels(weight[:, width:]), head.linear_1.bias),
+        *(head.norm_1.weight, head.norm_1.bias, head.norm_1.eps, panels(head.linear_2.weight), head.linear_2.bias),
+        *(head.norm_2.weight, head.norm_2.bias, head.norm_2.eps, residual, vocab, candidates),
+    )
+    head, w, e, states = head.double(), w[:vocab].double(), e.double(), hidden[rows].double()
+    previous = torch.cat([sampled[:, None], drafts[:, :-1]], 1)
+    plain, scores = states @ w.T, head(e[previous], states) @ w.T
+    chosen = drafts[..., None]
+    least = plain.topk(candidates).values[..., -1:]
+    near = 0.02  # of the largest score: both heads round to bfloat16
+    assert (plain.gather(2, chosen) >= least - near * plain.abs().amax()).all()
+    best = scores.masked_fill(plain < least + near * plain.abs().amax(), -torch.inf).amax(2, keepdim=True)
+    assert (scores.gather(2, chosen) >= best - near * scores.abs().amax()).all()
 
 
 def test_panels_want_pairs() -> None:

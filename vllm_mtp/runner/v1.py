@@ -208,8 +208,10 @@ class MaskTokenProposer(MaskTokenTarget):
         if not chosen:
             return drafts
         last = groups.num_rows - 1
+        greedy = self.drafts_any_number and not self.probabilistic and not self.by_confidence
+        wanted = max(usable for _, _, usable in chosen) if greedy else self.k
         rows = torch.tensor(
-            [[min(groups.starts[group] + m, last) for m in range(self.k)] for _, group, _ in chosen], device=hidden.device
+            [[min(groups.starts[group] + m, last) for m in range(wanted)] for _, group, _ in chosen], device=hidden.device
         )
         sampled = torch.tensor([sampled_token_ids[i][-1] for i, _, _ in chosen], device=hidden.device)
         drafting = time.perf_counter()
