@@ -3,9 +3,9 @@
 Mask rows are nearly free while a step is bound by reading weights and cost full price after that; where that is depends on model,
 machine and batch, and what the rows are worth depends on the text. So both are measured while serving, and `forecast` says of every
 layout what it would give, also of those that have not run: a layout that cannot win is not tried. Those that could are, in short
-bursts of steps, ever more rarely the more often they lose, and what they really take corrects the forecast for them. The layout
-without mask rows, plain decoding, is one of them. Where steps overlap and cannot be timed one by one, `widest_comb` takes what the
-batch has rows for.
+bursts of steps, ever more rarely the more often they lose, and what they take beside the best one's bursts before and after corrects
+the forecast for them: a machine has neighbours, and a time alone says little. The layout without mask rows, plain decoding, is one
+of them. Where steps overlap and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
 """
 
 import statistics
@@ -20,9 +20,10 @@ BURST = 24
 TRIAL = 8  # steps of a burst that tries a rival
 FIRST_RETRY, LAST_RETRY = 8, 64  # bursts until a rival is tried again; doubled each time it loses
 COST_OF_LOOKING = 0.003  # share of the time that trials of a layout may cost; one that is far off waits longer
-WORTH_A_TRIAL = 0.9  # share of the best one's tokens a second that a rival must promise
+WORTH_A_TRIAL, WORTH_THE_FIRST = 0.9, 0.75  # share of the best one's tokens a second that a rival must promise
 CLEARLY = 1.02  # a rival must promise this much more to take over; plain decoding takes over even with so much less
-LEARN, FOLLOW = 0.3, 0.5  # how fast a layout's own times correct the forecast, and how fast all follow the machine's mood
+LEARN = 0.5  # how fast trials correct what a layout costs beside the forecast
+UNSETTLED = 1.15  # a trial means nothing where the best layout's own steps changed so much meanwhile
 REMEMBER = 0.99  # what is left of such a correction a burst later
 
 
@@ -107,7 +108,7 @@ class _Arm:
     """What is known of one layout at one batch size beside the forecast."""
 
     slowness: float = 1.0
-    """What its steps take, of what was forecast."""
+    """What its steps take, of what was forecast, relative to the others' at this batch size."""
     tried: bool = False
     wait: int = FIRST_RETRY
     due: int = 0
@@ -116,11 +117,35 @@ class _Arm:
 
 @dataclass
 class _Bucket:
-    """The layouts at one batch size."""
+    """The layouts at one batch size.
+
+    Attributes:
+        best: which of them runs but for trials.
+        pace: what its steps take of late, of what was forecast; it changes with the machine's neighbours, for all layouts alike.
+    """
 
     arms: list[_Arm]
     best: int
     bursts: int = 0
+    pace: float = 1.0
+
+
+@dataclass
+class _Trial:
+    """A burst of a rival between two of the best layout.
+
+    Attributes:
+        arm: the rival.
+        requests, rows: of a step, in the mean.
+        ratio: of its time to the forecast.
+        pace: of the best layout before it.
+    """
+
+    arm: int
+    requests: float
+    rows: float
+    ratio: float
+    pace: float
 
 
 class LayoutChooser:
@@ -135,8 +160,6 @@ class LayoutChooser:
     def __init__(self, layouts: list[tuple[int, ...]], agree: Callable[[float], float] = float) -> None:
         self.layouts, self.agree = layouts, agree
         self.acceptance, self.cost = Acceptance(len(layouts[0]) - 1), StepCost()
-        self.mood = 1.0
-        """What steps take of late, of what was forecast: machines have neighbours, whatever the layout."""
         self._gains = self._gains_now()
         """Tokens and rows of a request with each layout, as of the last burst."""
         self._plain = [i for i, lengths in enumerate(layouts) if not any(lengths)]
@@ -144,6 +167,9 @@ class LayoutChooser:
         self._bucket = -1
         self._arm = 0
         self._length, self._settling = BURST, 0
+        self._rested = False
+        """Whether the last burst was one of the best layout at this batch size, so that a trial has something to be held against."""
+        self._trial: _Trial | None = None
         self._steps: list[tuple[int, int, float]] = []
         """Requests, rows and seconds of the steps of the running burst."""
 
@@ -151,7 +177,7 @@ class LayoutChooser:
         """The layout of a step with `num_requests` requests."""
         bucket = (num_requests - 1).bit_length()
         if bucket != self._bucket:
-            self._bucket = bucket
+            self._bucket, self._rested, self._trial = bucket, False, None
             self._start(num_requests)
         return self.layouts[self._arm]
 
@@ -182,8 +208,9 @@ class LayoutChooser:
 
     def expected(self, num_requests: int, rows: int) -> float:
         """Seconds that a step of the running burst should take."""
-        arm = self._known(self._bucket).arms[self._arm]
-        return self.cost.predict(num_requests, rows) * arm.slowness * self.mood if self.cost.is_fitted else 0.0
+        bucket = self._known(self._bucket)
+        slowness = bucket.arms[self._arm].slowness * bucket.pace
+        return self.cost.predict(num_requests, rows) * slowness if self.cost.is_fitted else 0.0
 
     def best(self, num_requests: int) -> tuple[int, ...]:
         """The layout that is best so far for `num_requests` requests."""
@@ -207,8 +234,10 @@ class LayoutChooser:
         return [tokens_and_rows(lengths, acceptance) for lengths in self.layouts]
 
     def _winner(self, bucket: _Bucket, promises: list[float]) -> int:
-        """The best layout: in a tie the one that is, and above all plain decoding: what brings nothing is not worth its rows."""
-        best = max(range(len(promises)), key=promises.__getitem__)
+        """The best layout of those that have run at this batch size, if one has, and plain decoding. In a tie the one that is, and
+        above all plain decoding: what brings nothing is not worth its rows."""
+        known = {i for i, arm in enumerate(bucket.arms) if arm.tried} or set(range(len(promises)))
+        best = max(sorted(known.union(self._plain)), key=promises.__getitem__)
         margin = 1 / CLEARLY if best in self._plain else CLEARLY**2 if bucket.best in self._plain else CLEARLY
         if promises[best] <= margin * promises[bucket.best]:
             best = bucket.best
@@ -221,11 +250,13 @@ class LayoutChooser:
         """Begins a burst of the best layout, or of a rival that is due."""
         bucket, before = self._known(self._bucket), self._arm
         self._arm, self._length = bucket.best, TRIAL
-        if self.cost.is_fitted:
+        if self.cost.is_fitted and self._trial is None:
             promises = self._promises(bucket, num_requests)
-            bucket.best = self._arm = self._winner(bucket, promises)
+            winner = self._winner(bucket, promises)
+            self._rested &= winner == bucket.best
+            bucket.best = self._arm = winner
             self._length = BURST
-            rivals = self._rivals(bucket, promises)
+            rivals = self._rivals(bucket, promises) if self._rested else []
             if rivals:
                 self._arm, self._length = max(rivals, key=promises.__getitem__), TRIAL
         self._settling = SETTLE if self._arm != before else 0
@@ -238,7 +269,8 @@ class LayoutChooser:
         with the fewest rows, however little it promises: else nobody would see that drafts have become worth their rows again.
         """
         others = [i for i in range(len(self.layouts)) if i != bucket.best]
-        likely = {i for i in others if promises[i] > WORTH_A_TRIAL * promises[bucket.best]}
+        worth = {True: WORTH_A_TRIAL, False: WORTH_THE_FIRST}
+        likely = {i for i in others if promises[i] > worth[bucket.arms[i].tried] * promises[bucket.best]}
         likely |= set(self._plain)
         if bucket.best in self._plain and bucket.bursts >= FIRST_RETRY:
             likely |= set(others[:1])
@@ -254,20 +286,45 @@ class LayoutChooser:
         arm = bucket.arms[self._arm]
         requests, rows = (sum(column) / steps for column in list(zip(*self._steps, strict=True))[:2])
         median = statistics.median(seconds / self.cost.predict(here, of_them) for here, of_them, seconds in self._steps)
-        seconds = self.agree(median) * self.cost.predict(requests, rows)
-        if arm.tried:
-            surprise = seconds / (self.cost.predict(requests, rows) * arm.slowness * self.mood)
-            arm.slowness *= surprise**LEARN
-            self.mood *= surprise**FOLLOW
-        for other in bucket.arms:  # an old verdict is worth less, and another trial
-            other.slowness **= REMEMBER
-        self.cost.observe(requests, rows, seconds / self.mood)
-        if not arm.tried:
-            arm.slowness, arm.tried = seconds / self.mood / self.cost.predict(requests, rows), True
+        ratio = self.agree(median)
         bucket.bursts += 1
         self._gains = self._gains_now()
         if self._arm != bucket.best:
-            promises = self._promises(bucket, round(requests))
-            lost = (TRIAL + SETTLE) * max(promises[bucket.best] / promises[self._arm] - 1, 0.0)
-            arm.due = bucket.bursts + max(arm.wait, round(lost / (COST_OF_LOOKING * BURST)))
-            arm.wait = min(LAST_RETRY, 2 * arm.wait)
+            self._trial, self._rested = _Trial(self._arm, requests, rows, ratio, bucket.pace), False
+            return
+        if not arm.tried:  # nothing has run at this batch size yet
+            self.cost.observe(requests, rows, ratio * self.cost.predict(requests, rows))
+            arm.tried, ratio = True, 1.0
+        bucket.pace, self._rested = ratio / arm.slowness, True
+        if self._trial is not None:
+            self._settle(bucket, self._trial, requests, rows)
+            self._trial = None
+        for each in bucket.arms:  # an old verdict is worth less, and another trial
+            each.slowness **= REMEMBER
+
+    def _settle(self, bucket: _Bucket, trial: _Trial, requests: float, rows: float) -> None:
+        """Learns from a trial, by what the best layout took before and after it.
+
+        Args:
+            bucket: the batch size.
+            trial: the rival's burst.
+            requests, rows: of the best layout's burst after it.
+        """
+        if not 1 / UNSETTLED < bucket.pace / trial.pace < UNSETTLED:
+            return
+        arm, best = bucket.arms[trial.arm], bucket.arms[bucket.best]
+        pace = (trial.pace * bucket.pace) ** 0.5
+        rival = trial.ratio * self.cost.predict(trial.requests, trial.rows)
+        before = self.cost.predict(requests, rows)
+        beside = pace * best.slowness * before
+        self.cost.observe(trial.requests, trial.rows, rival)
+        self.cost.observe(requests, rows, beside)
+        forecast = self.cost.predict(requests, rows)
+        bucket.pace *= before / forecast
+        measured = best.slowness * (rival / beside) / (self.cost.predict(trial.requests, trial.rows) / forecast)
+        arm.slowness *= (measured / arm.slowness) ** LEARN
+        arm.tried = True
+        promises = self._promises(bucket, round(requests))
+        lost = (TRIAL + SETTLE) * max(promises[bucket.best] / promises[trial.arm] - 1, 0.0)
+        arm.due = bucket.bursts + max(arm.wait, round(lost / (COST_OF_LOOKING * BURST)))
+        arm.wait = min(LAST_RETRY, 2 * arm.wait)

@@ -59,6 +59,52 @@ def test_the_best_layout_is_found_and_exploration_costs_little(requests: int, ro
     assert tokens / seconds > 0.93 * max(server.rate(lengths, requests) for lengths in candidate_layouts(K))
 
 
+class Restless(Server):
+    """A machine whose neighbours come and go, and text that every request finds easy for a while and hard for a while."""
+
+    pace, easy = 1.0, False
+
+    def seconds(self, rows: float) -> float:
+        if self.random.random() < 0.01:
+            self.pace = self.random.choice([1.0, 1.3, 1.8])
+        return self.pace * super().seconds(rows) * (3.0 if self.random.random() < 0.02 else 1.0)
+
+    def accepted(self, drafts: int) -> int:
+        for count in range(drafts + 1):
+            if self.random.random() < 0.02:  # of a token
+                self.easy = not self.easy
+            if count == drafts or not (self.easy or self.random.random() < 0.5):
+                return count
+        raise AssertionError
+
+
+@pytest.mark.parametrize("row_cost", [0.01, 0.03, 0.1])
+def test_neighbours_and_changing_text_do_not_mislead_it(row_cost: float) -> None:
+    layouts = fitting_layouts(K, 1000, 1000)
+
+    def rate(choices: list[tuple[int, ...]], steps: int) -> float:
+        server, chooser = Restless(row_cost, 0.5, seed=1), LayoutChooser(choices)
+        server.run(chooser, 1, 1000)
+        tokens, seconds = server.run(chooser, 1, steps)
+        return tokens / seconds
+
+    best = max(rate([layout], 20_000) for layout in layouts)
+    assert rate(layouts, 10_000) > 0.93 * best
+
+
+def test_a_machine_that_gets_slower_and_slower_does_not_mislead_it() -> None:
+    """What takes longer all the time is not the layout that happens to run."""
+    server, chooser = Server(0.03, 0.7), LayoutChooser(fitting_layouts(K, 1000, 1000))
+    rates = [server.rate(lengths, 1) for lengths in chooser.layouts]
+    seconds, steps = server.seconds, iter(range(100_000))
+    server.seconds = lambda rows: (1 + next(steps) / 1000) * seconds(rows)  # type: ignore[method-assign]
+    chosen = []
+    for _ in range(60):
+        server.run(chooser, 1, 100)
+        chosen.append(rates[chooser.layouts.index(chooser.best(1))])
+    assert sum(chosen[10:]) / 50 > 0.93 * max(rates)
+
+
 def test_where_drafts_are_worthless_it_becomes_plain_decoding_and_stays_close_to_it() -> None:
     server, chooser = Server(0.05, 0.0), LayoutChooser(fitting_layouts(K, 1000, 1000))
     server.run(chooser, 4, 1000)
