@@ -26,7 +26,8 @@ class PanelDrafter:
     """
 
     def __init__(self, drafter: Drafter, sampler: PackedSampler, head: PanelLinear, embedding: torch.Tensor) -> None:
-        assert drafter.unembedding is not None and drafter.candidates is not None
+        assert drafter.unembedding is not None
+        assert drafter.candidates is not None
         # What changes when weights are loaded anew changes in place.
         self.shared = head.panels, drafter.unembedding.weight, embedding
         self.sampler = (

@@ -75,8 +75,8 @@ class StepCost:
     """Seconds of a step by what is in it: a linear model, fitted to bursts of steps, newer ones counting more.
 
     seconds = a + b requests + c (rows - requests) + [has mask rows] (d + e requests). Of what bursts have not told apart yet, an
-    even part is believed of each term. Machines have neighbours and the same step takes longer for a while, so bursts are told apart
-    by pairs: a caller should bring as many of one layout as of another that ran beside it.
+    even part is believed of each term. Machines have neighbours, and the same step takes longer for a while: a caller should bring
+    bursts in pairs, of two layouts one right after the other.
     """
 
     SHARES = np.array([0.6, 0.05, 0.02, 0.15, 0.01])

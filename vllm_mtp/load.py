@@ -3,7 +3,7 @@
 Mask rows are nearly free while a step is bound by reading weights and cost full price after that; where that is depends on model,
 machine and batch, and what the rows are worth depends on the text. So both are measured while serving, and `forecast` says of every
 layout what it would give, also of those that have not run: a layout that cannot win is not tried. Those that could are, in short
-bursts of steps, ever more rarely the more often they lose, and what they take beside the best one's bursts before and after corrects
+bursts of steps, ever more rarely the more often they lose. What they take beside the best one's bursts before and after corrects
 the forecast for them: a machine has neighbours, and a time alone says little. The layout without mask rows, plain decoding, is one
 of them. Where steps overlap and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
 """
@@ -168,7 +168,7 @@ class LayoutChooser:
         self._arm = 0
         self._length, self._settling = BURST, 0
         self._rested = False
-        """Whether the last burst was one of the best layout at this batch size, so that a trial has something to be held against."""
+        """Whether the last burst was one of the best layout at this batch size, which a trial can be held against."""
         self._trial: _Trial | None = None
         self._steps: list[tuple[int, int, float]] = []
         """Requests, rows and seconds of the steps of the running burst."""

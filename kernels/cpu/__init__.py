@@ -23,8 +23,8 @@ class NotBuilt(RuntimeError):
 
 @lru_cache(maxsize=1)
 def load() -> None:
-    """Makes the operations `torch.ops.vllm_mtp.gated_lora_cpu_`, `comb_attention_cpu_`, `linear_cpu`, `gated_linear_cpu` and `draft_cpu`,
-    and builds them if this machine has not yet: half a minute.
+    """Makes the operations `torch.ops.vllm_mtp.gated_lora_cpu_`, `comb_attention_cpu_`, `linear_cpu`, `gated_linear_cpu` and
+    `draft_cpu`, and builds them if this machine has not yet: half a minute.
 
     Raises:
         NotBuilt: see there. The compiler is that of $CXX, else g++.
