@@ -32,59 +32,46 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Server:
-    """`python -m vllm.entrypoints.openai.api_server`; use it as a context manager.
+class StartedServer:
+    """A server that a command starts; use it as a context manager.
 
     Args:
-        speculative: the dictionary for --speculative-config, or None: plain vLLM.
-        arguments: further command line arguments.
+        command: what starts it.
+        port: of the loopback interface, where it will listen.
         log: file for everything that the server prints.
-        model: base model folder.
-        environment: variables beside this process's own.
-        prefix: a command that starts it, as `taskset -c 0`.
+        environment: all its variables.
+        folder: where it starts; this process's, if left out.
     """
 
     def __init__(
-        self,
-        speculative: dict[str, Any] | None,
-        arguments: Sequence[str],
-        log: Path,
-        model: Path | str = demo.BASE,
-        environment: dict[str, str] | None = None,
-        prefix: Sequence[str] = (),
+        self, command: Sequence[str], port: int, log: Path, environment: dict[str, str], folder: Path | None = None
     ) -> None:
-        self.log, self.port = log, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.command = [*prefix, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *arguments]
-        if speculative is not None:
-            self.command += ["--speculative-config", json.dumps(speculative)]
-        # The engine's own process, as in production; tests that look inside an engine switch it off.
-        inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        self.command, self.port, self.log = list(command), port, log
+        self.url = f"http://127.0.0.1:{port}"
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                self.command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**defaults, **inherited, **(environment or {})},
-                start_new_session=True,
+                self.command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
             )
 
     def wait_until_ready(self, seconds: float = 900) -> None:
         """Blocks until the server answers.
 
         Raises:
-            ServerError: it ended, or did not answer in time.
+            ServerError: it ended, or did not answer in time; the end of its log is a note of the exception.
         """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                raise ServerError(f"the server ended with status {self.process.returncode}; its log is {self.log}")
+                raise self._error(f"the server ended with status {self.process.returncode}")
             if self.healthy():
                 return
             time.sleep(0.5)
-        raise ServerError(f"the server was not ready after {seconds:.0f} s; its log is {self.log}")
+        raise self._error(f"the server was not ready after {seconds:.0f} s")
+
+    def _error(self, what: str) -> ServerError:
+        error = ServerError(f"{what}; its log is {self.log}")
+        error.add_note(self.log.read_text(errors="replace")[-4000:])
+        return error
 
     def healthy(self) -> bool:
         """Whether /health answers with 200."""
@@ -161,15 +148,22 @@ class Server:
                 continue
         return {**{name: round(value, 2) for name, value in total.items()}, "processes": each}
 
-    def stop(self, seconds: float = 60) -> int:
-        """Ends it as an operator would, with SIGTERM to its first process; kills what is left of the group.
+    def stop(self, seconds: float = 60, interrupt: bool = False) -> int:
+        """Ends it as a supervisor would, with SIGTERM to its first process; kills what is left of what it started.
+
+        Args:
+            seconds: that it has.
+            interrupt: end it as Ctrl-C does, with SIGINT to its whole group.
 
         Returns:
             Its exit status.
         """
         children = self.processes()[1:]
         if self.process.poll() is None:
-            self.process.terminate()
+            if interrupt:
+                os.killpg(self.process.pid, signal.SIGINT)
+            else:
+                self.process.terminate()
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -185,6 +179,38 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.stop()
+
+
+class Server(StartedServer):
+    """`python -m vllm.entrypoints.openai.api_server`.
+
+    Args:
+        speculative: the dictionary for --speculative-config, or None: plain vLLM.
+        arguments: further command line arguments.
+        log: file for everything that the server prints.
+        model: base model folder.
+        environment: variables beside this process's own.
+        prefix: a command that starts it, as `taskset -c 0`.
+    """
+
+    def __init__(
+        self,
+        speculative: dict[str, Any] | None,
+        arguments: Sequence[str],
+        log: Path,
+        model: Path | str = demo.BASE,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        port = free_port()
+        command = [*prefix, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+        if speculative is not None:
+            command += ["--speculative-config", json.dumps(speculative)]
+        # The engine's own process, as in production; tests that look inside an engine switch it off.
+        inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        super().__init__(command, port, log, {**defaults, **inherited, **(environment or {})})
 
 
 def _rollup(pid: int) -> dict[str, float]:

@@ -6,17 +6,11 @@ Each test carries the row of the table in docs/features.md that it stands for; `
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from openai import BadRequestError, OpenAI
@@ -28,6 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
+from tests.server import Server
 from vllm_mtp import demo, selection
 from vllm_mtp.plugin import register
 from vllm_mtp.selection import ConfigurationError
@@ -408,44 +403,12 @@ def server(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("server")
     template = folder / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo.BASE), "--served-model-name", "demo"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    command += [
-        "--max-num-seqs",
-        "16",
-        "--chat-template",
-        str(template),
-        "--enable-auto-tool-choice",
-        "--tool-call-parser",
-        "hermes",
-    ]
-    command += ["--speculative-config", json.dumps(OURS)]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits until a server answers."""
-    for _ in range(240):
-        try:
-            if httpx.get(url).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        assert process.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.5)
-    raise TimeoutError(log.read_text()[-3000:])
+    arguments = ["--served-model-name", "demo", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    arguments += ["--max-num-seqs", "16", "--chat-template", str(template), "--enable-auto-tool-choice"]
+    arguments += ["--tool-call-parser", "hermes"]
+    with Server(OURS, arguments, folder / "log") as server:
+        server.wait_until_ready()
+        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 @feature("streaming", "works", "several tokens may come in one delta")

@@ -1,11 +1,6 @@
 """A server's /metrics and its answers to requests' options."""
 
-import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +9,11 @@ import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 
+from tests.server import Server
 from vllm_mtp import demo, metrics
 
 from ..unit.test_metrics import expressions
 from .conftest import Engines, speculative
-from .test_features import wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.full]
 K = 4
@@ -29,25 +24,13 @@ def server(request: pytest.FixtureRequest, engines: Engines, tmp_path_factory: p
     """The address of a server with a worker of its own; as with several API servers, or without."""
     engines.close()
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo.BASE), "--served-model-name", "demo"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    command += ["--max-num-seqs", "16", "--per-request-spec-decode-metrics", "summary"]
-    command += ["--speculative-config", json.dumps(speculative(demo.ADAPTER, K, acceptance="confidence", tau=2))]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    if request.param == "a shared folder":
-        environment["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path_factory.mktemp("shared"))
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
+    arguments = ["--served-model-name", "demo", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    arguments += ["--max-num-seqs", "16", "--per-request-spec-decode-metrics", "summary"]
+    shared = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("shared"))} if request.param == "a shared folder" else None
+    ours = speculative(demo.ADAPTER, K, acceptance="confidence", tau=2)
+    with Server(ours, arguments, folder / "log", environment=shared) as started:
+        started.wait_until_ready()
+        yield started.url
 
 
 def client(server: str) -> OpenAI:

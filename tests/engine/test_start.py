@@ -6,11 +6,7 @@ that follows it. Installs several gigabytes, twice.
 
 import os
 import re
-import signal
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,10 +15,10 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from tests.server import StartedServer
+
 ROOT = Path(__file__).parents[2]
 PAGES = ("start.md", "upgrade.md")
-SECONDS_TO_START = 900
-"""Of a server that builds its kernels and compiles its model, on a busy machine."""
 
 
 def blocks(page: str) -> Iterator[tuple[str, str]]:
@@ -53,34 +49,13 @@ def serving(command: str, folder: Path, log: Path) -> Iterator[None]:
     """Runs a server until the context ends, as Ctrl-C does it."""
     port = re.search(r"--port (\d+)", command)
     assert port is not None
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            ["bash", "-c", f"exec env {command}"], cwd=folder, env=environment(), stdout=file, stderr=file, start_new_session=True
-        )
+    server = StartedServer(["bash", "-c", f"exec env {command}"], int(port[1]), log, environment(), folder)
     try:
-        deadline = time.monotonic() + SECONDS_TO_START
-        while not healthy(int(port[1])):
-            assert server.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(1)
+        server.wait_until_ready()
         assert "Mask-token prediction is on" in log.read_text()
         yield
     finally:
-        os.killpg(server.pid, signal.SIGINT)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def healthy(port: int) -> bool:
-    """Whether a server answers there."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+        server.stop(interrupt=True)
 
 
 def counters(text: str) -> dict[str, float]:
