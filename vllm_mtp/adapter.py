@@ -29,6 +29,7 @@ from vllm_mtp.peft_format import WEIGHTS_FILE as PEFT_WEIGHTS_FILE
 from vllm_mtp.peft_format import LoRASpec, lora_names, lora_tensor_shapes, peft_config, read_lora_specs
 from vllm_mtp.safe_files import AdapterError, Shape, check_folder, check_tensors, load_tensors, read_header, read_json_object
 from vllm_mtp.sampler_head import SamplerHead
+from vllm_mtp.whole_files import reason
 
 __all__ = [
     "Adapter",
@@ -229,8 +230,8 @@ def write_adapter(
             temporary.rename(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(f"{folder} could not be written: {error}") from error
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(f"{folder} could not be written: {reason(error)}") from error
         raise
 
 

@@ -22,10 +22,14 @@ def whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{path} could not be written: {reason}") from error
+        raise OSError(f"{path} could not be written: {reason(error)}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def reason(error: OSError | SafetensorError) -> str:
+    """What went wrong while something was written, without its path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """An adapter folder: what is written is read again, as PEFT means it, by a writer that leaves no half of one."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -128,9 +129,16 @@ def test_a_writer_that_fails_leaves_the_old_adapter_and_nothing_else(adapter_fol
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save_file", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_adapter(adapter_folder, adapter.config, adapter.lora, adapter.mask_embeddings, adapter.sampler)
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for fails, error, says in (
+        (killed, KeyboardInterrupt, ""),
+        (full, OSError, f"{adapter_folder} could not be written: No space"),
+    ):
+        monkeypatch.setattr(module, "save_file", fails)
+        with pytest.raises(error, match=says):
+            write_adapter(adapter_folder, adapter.config, adapter.lora, adapter.mask_embeddings, adapter.sampler)
     assert {path.name: path.read_bytes() for path in adapter_folder.iterdir()} == before
     assert sorted(adapter_folder.parent.iterdir()) == siblings
 
