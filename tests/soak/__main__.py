@@ -13,6 +13,7 @@ wrong usage.
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -39,6 +40,8 @@ NUM_DRAFTS = 4
 WARM_UP_MINUTES = 30.0
 """oneDNN keeps the 1024 matrix products that it compiled last, one for every number of rows and layer, some 260 KiB each. At the
 default rate it takes half an hour of new batch sizes to fill that; ONEDNN_PRIMITIVE_CACHE_CAPACITY makes it smaller."""
+KEPT_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE")
+"""Of the environment, what changes a server's memory and stands in the file."""
 
 
 class Soak:
@@ -197,6 +200,7 @@ def main(
             "command": sys.argv,
             "machine": machine(),
             "server": arguments,
+            "environment": {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
             "speculative": speculative | {"model": "demo adapter"},
             "minutes": minutes,
             "warm_up": WARM_UP_MINUTES if warm_up is None else warm_up,
