@@ -60,7 +60,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("name", generate.PARTS)
 def test_generated_parts_are_up_to_date(name: str) -> None:
-    (expected,) = [text for path, text in generate.pages() if path.name == name]
+    (expected,) = [text for path, text in generate.pages() if path == DOCS / name]
     assert (DOCS / name).read_text(encoding="utf-8") == expected, "run: python -m docs.generate"
 
 
