@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.unit.tiny_models import save_tiny_base, tiny_base, tiny_config
 from vllm_mtp import demo
+from vllm_mtp.train.data import Corpus
 from vllm_mtp.train.on_policy import continuer, on_policy_sequences
 
 from .conftest import Engines
@@ -20,8 +21,8 @@ def test_vllm_continues_every_prompt_within_the_length(engines: Engines) -> None
     config = tiny_config(
         base=demo.BASE, length=48, on_policy=1.0, on_policy_engine="vllm", on_policy_sequences=40, on_policy_greedy=0.5
     )
-    stream = torch.randint(2, 2000, (400,))
-    *progress, data = on_policy_sequences(tiny_base(), stream, 1, config)
+    stream, none = torch.randint(2, 2000, (400,)), torch.empty(0, dtype=torch.long)
+    *progress, data = on_policy_sequences(tiny_base(), Corpus(stream, none, none.bool(), torch.zeros(1)), (1,), config)
     assert progress[-1] == 40
     assert isinstance(data, dict)
     for ids, length, prompt in zip(data["input_ids"], data["lengths"].tolist(), data["prompt_lengths"].tolist(), strict=True):
@@ -35,7 +36,8 @@ def test_vllm_continues_every_prompt_within_the_length(engines: Engines) -> None
 def test_without_vllm_transformers_continues(tmp_path: Path) -> None:
     save_tiny_base(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    continued = continuer(base, 1, tiny_config(base=tmp_path, on_policy_engine="transformers"))
-    (out,) = continued([torch.arange(5, 12)], 6, False)
-    assert out[:7].tolist() == list(range(5, 12))
-    assert len(out) <= 13
+    continued = continuer(base, (1,), tiny_config(base=tmp_path, on_policy_engine="transformers"))
+    long, short = continued([torch.arange(5, 12), torch.arange(5, 8)], False)
+    assert long[:7].tolist() == list(range(5, 12))
+    assert short[:3].tolist() == list(range(5, 8))
+    assert all(len(out) == 20 or (out[-1] == 1 and len(out) < 20) for out in (long, short))

@@ -70,12 +70,24 @@ def as_adapter(model: MaskedModel) -> Adapter:
     return Adapter(config, lora_weights(model, torch.float32), model.mask_embeddings.detach(), model.sampler)
 
 
-def save_tiny_base(folder: Path) -> None:
-    """`tiny_base` over the bytes of ASCII text, with its tokenizer."""
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, `<s>` 0, `</s>` 1, and a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    tiny_base(len(vocabulary)).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE)
+
+
+def save_tiny_base(folder: Path) -> None:
+    """`tiny_base` over the bytes of text, with its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    tiny_base(len(tokenizer)).save_pretrained(folder)

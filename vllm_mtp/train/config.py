@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vllm_mtp.config import MAX_MASK_TOKENS, StrictModel
 
@@ -32,11 +32,15 @@ class TrainConfig(StrictModel):
     base_name: str | None = None
     """How users find the base, as the adapter names it; the folder's path by default."""
     data: tuple[Path, ...] = Field(min_length=1)
-    """Text files, .jsonl files with {"text": ..} in each line, or folders of them."""
+    """Text files, .jsonl files with {"messages": [..]} or {"text": ..} in each line, saved datasets, or folders of text;
+    repeatable."""
+    strict: bool = False
+    """A bad line or a chat that the template refuses ends the run; else they are left out, counted and reported."""
     output: Path
     """Folder for checkpoints and, as `adapter` in it, the adapter."""
     eval_data: tuple[Path, ...] = ()
-    """Held-out prompts, read like the data, to count tokens a forward on; none: no evaluation."""
+    """Held-out texts and chats, read like the data: tokens per forward are counted on what the base writes after their beginnings.
+    None: no evaluation."""
     eval_prompts: Positive = 48
     """How many of them."""
 
@@ -100,6 +104,11 @@ class TrainConfig(StrictModel):
     """Write a checkpoint every so many steps."""
     eval_steps: Positive | None = None
     """Evaluate every so many steps; None: at the end only."""
+
+    @field_validator("data", "eval_data", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: object) -> object:
+        return (value,) if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
     def _groups_fit(self) -> "TrainConfig":

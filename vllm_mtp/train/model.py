@@ -100,13 +100,20 @@ class MaskedModel(nn.Module):
         )
         return out.last_hidden_state, z.view(B, G, K, -1)
 
-    def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor, prefix_lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+        answers: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Losses of a packed batch: `loss` and its unweighted terms.
 
         Args:
             input_ids: token ids, padded on the right, shape [B, T].
             lengths: tokens of each sequence that are not padding, shape [B].
             prefix_lengths: as in `states`, shape [B, G].
+            answers: tokens that may be labels, shape [B, T]; a group has labels up to the first that may not. None: all.
         """
         T, K = input_ids.shape[1], len(self.mask_embeddings)
         real, z = self.states(input_ids, prefix_lengths)
@@ -114,6 +121,8 @@ class MaskedModel(nn.Module):
         at = prefix_lengths[..., None] + torch.arange(K, device=input_ids.device)
         counts = at + 1 < lengths[:, None, None]
         at = at.clamp(max=T - 2).flatten(1)
+        if answers is not None:
+            counts &= answers.gather(1, at + 1).view(counts.shape).cumprod(-1).bool()
         teacher = real.gather(1, at[..., None].expand(-1, -1, real.shape[-1])).view_as(z)
         previous, labels = input_ids.gather(1, at).view(counts.shape), input_ids.gather(1, at + 1).view(counts.shape)
         sampled = self.sampler(self.embed(previous), z) if self.sampler is not None else None

@@ -3,26 +3,31 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
 from vllm_mtp.adapter import fingerprint_folder, read_adapter
 from vllm_mtp.train.config import TrainConfig
-from vllm_mtp.train.data import DataError, Sequences, read_documents, token_stream
+from vllm_mtp.train.data import Corpus, Sequences, first_prompts, read_corpus
+from vllm_mtp.train.documents import BadLines, DataError, read_documents
 from vllm_mtp.train.export import export, load_adapter
 from vllm_mtp.train.model import MaskedModel
-from vllm_mtp.train.on_policy import on_policy_sequences
+from vllm_mtp.train.on_policy import end_tokens, on_policy_sequences
 from vllm_mtp.train.trainer import Evaluation, MaskTrainer, last_checkpoint
 from vllm_mtp.whole_files import whole, write_whole
 
 PROMPT_TOKENS = 192
 # They change what is reported, how long and how fast, not what is trained.
-FREE_OPTIONS = {"output", "steps", "eval_data", "eval_prompts", "eval_steps", "log_steps", "save_steps", "compile", "base_name"}
+FREE_OPTIONS = {
+    *("output", "base_name", "strict", "steps", "compile"),
+    *("eval_data", "eval_prompts", "eval_steps", "log_steps", "save_steps"),
+}
 
 
 def train(config: TrainConfig) -> Path:
@@ -45,17 +50,16 @@ def train(config: TrainConfig) -> Path:
     window = getattr(base.config, "sliding_window", None)
     if window and window < config.length + config.mask_tokens and getattr(base.config, "use_sliding_window", True):
         raise DataError(f"length={config.length} is beyond the base's sliding window of {window} tokens: ask for a smaller length.")
-    model, end = MaskedModel(base, config), tokenizer.eos_token_id
+    model, ends = MaskedModel(base, config), end_tokens(tokenizer, base)
     if config.init_adapter is not None:
         load_adapter(model, read_adapter(config.init_adapter))
-    stream = token_stream(tokenizer, read_documents(config.data), config.seed)
-    data = Sequences(stream, None, config)  # finds too little data before the base generates for minutes
-    data.on_policy = _on_policy(model, stream, end)
-    callbacks = []
-    if config.eval_data:
-        texts = read_documents(config.eval_data)[: config.eval_prompts]
-        prompts = [torch.tensor(ids[:PROMPT_TOKENS]) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        callbacks = [Evaluation(model, prompts, end, config.eval_steps)]
+    bad = BadLines(config.strict)
+    corpus = read_corpus(tokenizer, read_documents(config.data, bad), ends, config.seed, bad)
+    bad.report("data")
+    data = Sequences(corpus, None, config)  # finds too little data before the base generates for minutes
+    prompts = _held_out(tokenizer, ends, config)
+    data.on_policy = _on_policy(model, corpus, ends)
+    callbacks = [Evaluation(model, prompts, ends, config.eval_steps)] if prompts else []
 
     if config.compile and not cuda:
         base.set_attn_implementation("eager")  # compiled, it is the faster one on a CPU; generating with it is the slower one
@@ -106,7 +110,18 @@ def _claim_output(config: TrainConfig) -> None:
     write_whole(file, json.dumps(options, indent=2) + "\n")
 
 
-def _on_policy(model: MaskedModel, stream: torch.Tensor, end: int | None) -> dict[str, torch.Tensor] | None:
+def _held_out(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], config: TrainConfig) -> list[torch.Tensor]:
+    """The prompts to count tokens per forward on; none where no evaluation is wanted."""
+    if not config.eval_data:
+        return []
+    bad = BadLines(config.strict)
+    documents = read_documents(config.eval_data, bad)[: config.eval_prompts]
+    prompts = first_prompts(tokenizer, documents, PROMPT_TOKENS, ends, bad)
+    bad.report("prompts")
+    return prompts
+
+
+def _on_policy(model: MaskedModel, corpus: Corpus, ends: Sequence[int]) -> dict[str, torch.Tensor] | None:
     """Sequences continued by the base, from `OUTPUT/on_policy.safetensors` where an earlier run made the same ones."""
     config = model.options
     if config.on_policy == 0:
@@ -115,7 +130,7 @@ def _on_policy(model: MaskedModel, stream: torch.Tensor, end: int | None) -> dic
     settings = config.model_dump(
         mode="json", include={"on_policy_sequences", "on_policy_greedy", "on_policy_engine", "length", "seed"}
     )
-    made_for = json.dumps({**settings, "base": fingerprint_folder(config.base), "tokens": len(stream)})
+    made_for = json.dumps({**settings, "base": fingerprint_folder(config.base), "tokens": corpus.digest()})
     if path.exists():
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("made_for") == made_for:
@@ -123,7 +138,7 @@ def _on_policy(model: MaskedModel, stream: torch.Tensor, end: int | None) -> dic
     tensors: dict[str, torch.Tensor] = {}
     with Progress() as progress:
         task = progress.add_task("continuing prompts with the base", total=config.on_policy_sequences)
-        for done in on_policy_sequences(model.base, stream, end, config):
+        for done in on_policy_sequences(model.base, corpus, ends, config):
             if isinstance(done, int):
                 progress.update(task, completed=done)
             else:

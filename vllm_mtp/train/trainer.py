@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,10 @@ def last_checkpoint(folder: Path) -> str | None:
 class Evaluation(TrainerCallback):
     """Tokens per forward on held-out prompts, printed every `every` steps and at the end; the last ones are in `figures`."""
 
-    def __init__(self, model: MaskedModel, prompts: list[torch.Tensor], end: int | None, every: int | None) -> None:
+    def __init__(self, model: MaskedModel, prompts: list[torch.Tensor], ends: Sequence[int], every: int | None) -> None:
         self.model, self.every = model, every
         # The base never changes, so neither do its continuations.
-        self.texts = continue_prompts(model.base, prompts, NEW_TOKENS, end)
+        self.texts = continue_prompts(model.base, prompts, NEW_TOKENS, ends)
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.figures: dict[str, float] = {}
 
