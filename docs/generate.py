@@ -95,8 +95,7 @@ def flags(command: Any) -> dict[str, str]:
 
 def train_flags() -> dict[str, str]:
     """The flags of `vllm-mtp train` by the field of `TrainConfig` or `LossWeights` that they set."""
-    found = flags(commands()["train"])
-    return {"eval_data": found.pop("prompts"), **found}
+    return flags(commands()["train"])
 
 
 def command(name: str) -> str:

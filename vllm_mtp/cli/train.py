@@ -1,82 +1,139 @@
-"""`vllm-mtp train`: turn a Hugging Face causal LM into one with mask tokens; options become a `TrainConfig`."""
+"""`vllm-mtp train`: turn a Hugging Face causal LM into one with mask tokens. Every option of `TrainConfig` is a flag."""
 
+import inspect
+import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
+
+from vllm_mtp.train.config import LossWeights, TrainConfig
 
 EPILOG = """Examples:
 
-    vllm-mtp train --base Qwen3-8B/ --data texts.jsonl --output runs/qwen --steps 20000
+    vllm-mtp train --base Qwen3-8B/ --data chats.jsonl --output runs/qwen --steps 20000
 
     vllm-mtp train --base model/ --data src/ --prompts held_out.jsonl --output runs/code --mask-tokens 4 --rank 64
 
+    vllm-mtp train --config run.yaml --steps 40000
+
 The adapter is written to OUTPUT/adapter. A killed run goes on from its last checkpoint when the same command is given again.
 """
+FLAGS = {"eval_data": "--prompts"}
+"""Of fields that are not named as their flag."""
 
 
-def train(
-    base: Annotated[Path, typer.Option(help="Folder of the base model, with its tokenizer.", show_default=False)],
-    data: Annotated[
-        list[Path],
-        typer.Option(
-            help='A text file, a .jsonl file with {"text": ..} in each line, or a folder of them; repeatable.', show_default=False
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for checkpoints and the adapter.", show_default=False)],
-    base_name: Annotated[str | None, typer.Option(help="Hub name that the adapter gives for its base.")] = None,
-    prompts: Annotated[
-        list[Path] | None, typer.Option(help="Held-out prompts, read like the data, to count tokens per forward on.")
-    ] = None,
-    mask_tokens: Annotated[int, typer.Option(help="k, the most drafts that the adapter can give.")] = 8,
-    rank: Annotated[int, typer.Option(help="LoRA's rank.")] = 32,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
-    groups: Annotated[int, typer.Option(help="Groups of mask tokens a sequence, behind random rows.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's peak rate; linear decay after the warm-up.")] = 1e-3,
-    targets: Annotated[
-        str, typer.Option(help="Mask rows learn the base's distribution, its argmax, or the text.")
-    ] = "distribution",
-    plain_head: Annotated[float, typer.Option(help="Weight of the plain head's loss.")] = 1.0,
-    sampler_head: Annotated[float, typer.Option(help="Weight of the sampler head's loss.")] = 1.0,
-    consistency: Annotated[float, typer.Option(help="Weight of (real - mask)^2 between states.")] = 1.0,
-    position_decay: Annotated[float, typer.Option(help="Mask token i counts this to the power of i - 1.")] = 1.0,
-    on_policy: Annotated[float, typer.Option(help="Share of sequences that the base continued itself.")] = 0.5,
-    on_policy_sequences: Annotated[int, typer.Option(help="How many such sequences to generate first.")] = 4096,
-    on_policy_engine: Annotated[str, typer.Option(help="What continues them: vllm, transformers, or auto.")] = "auto",
-    init_adapter: Annotated[Path | None, typer.Option(help="Start from this adapter instead of from nothing.")] = None,
-    sampler: Annotated[bool, typer.Option(help="Train a sampler head.")] = True,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes to start, then a third faster.")] = False,
-    eval_steps: Annotated[int | None, typer.Option(help="Evaluate every so many steps, not only at the end.")] = None,
-    save_steps: Annotated[int, typer.Option(help="Write a checkpoint every so many steps.")] = 500,
-    seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
-) -> None:
+def train(context: typer.Context, config: Path | None, **_: Any) -> None:
     """Train mask tokens, gated LoRA and the sampler head on a frozen base model, and write the adapter."""
-    options = dict(locals())
-    options["loss"] = {name: options.pop(name) for name in ("plain_head", "sampler_head", "consistency", "position_decay")}
-    options |= {"data": tuple(data), "eval_data": tuple(options.pop("prompts") or ())}
-
     from pydantic import ValidationError
 
-    from vllm_mtp.train.config import TrainConfig
-
+    given = {name: context.params[name] for name in context.params if _is_given(context, name)}
+    given.pop("config", None)
+    loss = {name: given.pop(name) for name in LossWeights.model_fields if name in given}
+    options = _read(config) if config is not None else {}
+    if loss and isinstance(options.get("loss", {}), dict):
+        options["loss"] = {**options.get("loss", {}), **loss}
     try:
-        config = TrainConfig.model_validate(options)
+        checked = TrainConfig.model_validate({**options, **given})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = "--" + ".".join(map(str, first["loc"])).replace("_", "-") + " " if first["loc"] else ""
-        _fail(f"{name}{first['msg']}".replace("Value error, ", ""))
-    if not (config.base / "config.json").is_file():
-        _fail(f"--base {config.base} is not a model folder: it has no config.json.")
+        if first["type"] == "extra_forbidden":
+            _fail(f"--config {config} has an option that there is not: {'.'.join(map(str, first['loc']))}.")
+        _fail(f"{_flag(first['loc'])}{first['msg']}".replace("Value error, ", ""))
+    if not (checked.base / "config.json").is_file():
+        _fail(f"--base {checked.base} is not a model folder: it has no config.json.")
     try:
         from vllm_mtp.train.run import train
     except ImportError as error:
         _fail(f'training needs {error.name}: pip install "vllm-mtp[train]".')
     try:
-        typer.echo(f"adapter written to {train(config)}")
+        folder = train(checked)
     except (ValueError, OSError) as error:
         _fail(str(error).splitlines()[0])
+    typer.echo(f"adapter written to {folder}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The options in a YAML file."""
+    import yaml
+
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        _fail(f"--config {file}: {error.strerror}.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        _fail(f"--config {file} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(options, dict):
+        _fail(f"--config {file} holds no options: write `name: value` in each line.")
+    return options
+
+
+def _flag(location: tuple[int | str, ...]) -> str:
+    """The option that an error is about."""
+    names = [str(part) for part in location if part != "loss"]
+    return f"{FLAGS.get(names[0]) or '--' + names[0].replace('_', '-')} " if names else ""
+
+
+def _flags() -> Iterator[inspect.Parameter]:
+    """A parameter for each option; `None` or the configuration's default stands for what is not given."""
+    for model in (TrainConfig, LossWeights):
+        for name, field in model.model_fields.items():
+            if name == "loss":
+                continue
+            flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+            kind = _kind(field.annotation)
+            names = (flag, "--no-" + flag.removeprefix("--")) if kind is bool else (flag,)
+            option = typer.Option(*names, help=_help(field), show_default=not field.is_required())
+            yield inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=Annotated[_or_none(kind), option]
+            )
+
+
+def _help(field: FieldInfo) -> str:
+    text = " ".join((field.description or "").split())
+    return f"{text} Required here or in --config." if field.is_required() else text
+
+
+def _default(field: FieldInfo) -> Any:
+    return None if field.is_required() or field.default == () else field.default
+
+
+def _kind(annotation: Any) -> Any:
+    """A field's type as typer takes it: without limits and None, a tuple as a list."""
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _kind(next(kind for kind in get_args(annotation) if kind is not type(None)))
+    if get_origin(annotation) is tuple:
+        return list[_kind(get_args(annotation)[0])]  # type: ignore[misc]
+    return annotation
+
+
+def _or_none(kind: Any) -> Any:
+    return Union[kind, None]  # noqa: UP007  a type made at run time
+
+
+def _signature() -> inspect.Signature:
+    """What typer reads: the file, then every option."""
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    file = typer.Option(help="YAML file of options by their names, with `loss:` above the weights of the losses; flags win.")
+    config = inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Union[Path, None], file],  # noqa: UP007
+    )
+    return inspect.Signature([context, config, *_flags()])
+
+
+train.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def _fail(message: str) -> NoReturn:
