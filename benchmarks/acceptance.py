@@ -23,47 +23,13 @@ from typing import Any
 
 from vllm_mtp import demo
 from vllm_mtp.adapter import read_adapter, write_adapter
-from vllm_mtp.cli.engine import EngineError, EngineProcess, Output, tokens_per_forward
+from vllm_mtp.cli.engine import EngineError, EngineProcess
 from vllm_mtp.cli.measure import machine
-from vllm_mtp.train.evaluate import loops, novel_length
+from vllm_mtp.outputs import figures
 from vllm_mtp.whole_files import write_whole
 
 PARTS = ("all", "novel", "looping", "not_looping")
 CONCURRENCY = 16
-
-
-def novel(output: Output) -> Output:
-    """`output` up to where it begins to repeat itself, as if it had been stopped there."""
-    length = novel_length(output.tokens)
-    steps: list[int] = []
-    while sum(steps) < length:
-        steps.append(min(output.steps[len(steps)], length - sum(steps)))
-    return Output(output.tokens[:length], steps, output.pieces[: len(steps)])
-
-
-def acceptance_length(outputs: Sequence[Output]) -> float | None:
-    """Tokens of each forward after the one that ends the prompt."""
-    steps = [step for output in outputs for step in output.steps[1:]]
-    return sum(steps) / len(steps) if steps else None
-
-
-def figures(outputs: Sequence[Output]) -> dict[str, Any]:
-    """Tokens per forward of all outputs, of their novel beginnings, of those that loop and of those that do not."""
-    parts = {
-        "all": list(outputs),
-        "novel": [novel(output) for output in outputs],
-        "looping": [output for output in outputs if loops(output.tokens)],
-        "not_looping": [output for output in outputs if not loops(output.tokens)],
-    }
-    return {
-        name: {
-            "outputs": len(part),
-            "output_tokens": sum(len(output.tokens) for output in part),
-            "tokens_per_forward": tokens_per_forward(part) if part else None,
-            "acceptance_length": acceptance_length(part),
-        }
-        for name, part in parts.items()
-    }
 
 
 def without_sampler(adapter: Path, folder: Path) -> Path:

@@ -25,11 +25,10 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the truncated rule is put into the engine's worker, in this process
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-from benchmarks.acceptance import figures
 from vllm_mtp import demo
-from vllm_mtp.cli.engine import Output
 from vllm_mtp.cli.engine_worker import generate
 from vllm_mtp.cli.measure import machine
+from vllm_mtp.outputs import Output, figures
 
 RULES = ("verified", "truncated")
 CONCURRENCY = 16

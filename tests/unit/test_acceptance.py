@@ -3,11 +3,11 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from benchmarks.acceptance import acceptance_length, figures, novel, table, without_sampler
+from benchmarks.acceptance import table, without_sampler
 from benchmarks.confidence import agreement, common_prefix, truncating
 from vllm_mtp.adapter import read_adapter
-from vllm_mtp.cli.engine import Output
 from vllm_mtp.confidence import Drafted
+from vllm_mtp.outputs import Output, acceptance_by_position, acceptance_length, figures, novel
 
 
 def test_a_novel_beginning_is_cut_inside_the_forward_that_ends_it() -> None:
@@ -25,6 +25,8 @@ def test_the_forward_that_ends_the_prompt_counts_in_tokens_per_forward_alone() -
     assert found["looping"]["outputs"] == found["not_looping"]["outputs"] == 1
     assert found["not_looping"]["tokens_per_forward"] == 7 / 3
     assert acceptance_length([Output([1], [1], [""])]) is None
+    assert acceptance_by_position([loop, text]) == [1, 0.75, 0.75, 0.5, 0.25]
+    assert acceptance_by_position([Output([1], [1])]) == []
     row = {"k": 4, "layout": "linear", "sampler": True, "drafts": "greedy", "figures": {"temperature 0": found}}
     assert table([row]).splitlines()[-1] == "| 4 | linear | yes | greedy | 3.17 (2) | 2.50 (2) | 4.00 (1) | 2.33 (1) |"
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.unit.tiny_models import as_adapter, tiny_base, tiny_config, tiny_masked_model
+from vllm_mtp.outputs import loops, novel_length
 from vllm_mtp.reference import ReferenceModel
-from vllm_mtp.train.evaluate import draft_table, emitted, loops, novel_length
+from vllm_mtp.train.evaluate import draft_table, emitted
 from vllm_mtp.train.model import MaskedModel
 
 VOCABULARY = 6  # few tokens, so that random drafts are accepted now and then

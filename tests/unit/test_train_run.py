@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.unit.tiny_models import save_tiny_base, tiny_base, tiny_config
 from vllm_mtp.adapter import check_base, read_adapter
 from vllm_mtp.reference import ReferenceModel
 from vllm_mtp.train.config import TrainConfig
+from vllm_mtp.train.curves import LOSSES, series
 from vllm_mtp.train.documents import DataError
 from vllm_mtp.train.export import from_adapter
 from vllm_mtp.train.model import MaskedModel
@@ -55,6 +57,32 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path, monkeypat
     assert resumed.keys() == unbroken.keys()
     for name, tensor in unbroken.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_run_leaves_its_history_its_curves_and_logs_for_tensorboard(tmp_path: Path) -> None:
+    config = run_config(tmp_path, eval_steps=2, report_to="tensorboard")
+    adapter = read_adapter(train(config))
+    history = json.loads((config.output / "history.json").read_text())
+    steps, losses = series(history, "loss")
+    assert steps == [1, 2, 3, 4]
+    parts = zip(*(series(history, name)[1] for name in LOSSES[1:]), strict=True)
+    assert losses == [pytest.approx(sum(terms), abs=2e-4) for terms in parts]
+    names = {f"quadratic.{head}{kind}.{k}" for head in ("sampler", "plain") for kind in ("", ".novel") for k in (1, 2, 3)}
+    assert {name.removeprefix("eval_") for entry in history for name in entry if name.startswith("eval_")} == names
+    for name in names:
+        evaluated, values = series(history, f"eval_{name}")
+        assert evaluated == [2, 4]
+        assert values[-1] == adapter.config.training["tokens_per_forward"][name]  # type: ignore[index]
+    assert (config.output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (logs,) = config.output.glob("runs/*")
+    events = EventAccumulator(str(logs)).Reload()
+    assert {"train/loss", "train/sampler", *(f"eval/{name}" for name in names)} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("eval/quadratic.sampler.3")] == [2, 4]
+
+
+def test_an_unknown_place_to_report_to_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--report-to nowhere: nowhere is not supported"):
+        train(run_config(tmp_path, report_to=["nowhere"]))
 
 
 def test_an_output_folder_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:

@@ -11,18 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from vllm_mtp.outputs import Output, tokens_per_forward
+
+__all__ = ["EngineError", "EngineProcess", "Generation", "Output", "tokens_per_forward"]
+
 
 class EngineError(RuntimeError):
     """An engine did not start or died; the message has its reason and where its log is."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """One completion: its tokens, and the tokens and text of each forward that produced some."""
-
-    tokens: list[int]
-    steps: list[int]
-    pieces: list[str]
 
 
 @dataclass(frozen=True)
@@ -42,14 +37,6 @@ class Generation:
     def tokens_per_second(self) -> float:
         """Output tokens a second, prompts included in the time."""
         return self.num_tokens / self.seconds
-
-
-def tokens_per_forward(outputs: Sequence[Output]) -> float:
-    """Output tokens for each forward that a request took part in and got tokens from.
-
-    The forward that ends the prompt counts as one: it gives one token, with and without speculation. Plain decoding has 1.
-    """
-    return sum(len(output.tokens) for output in outputs) / max(1, sum(len(output.steps) for output in outputs))
 
 
 class EngineProcess:
@@ -102,14 +89,14 @@ class EngineProcess:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | list[int]],
         *,
         max_tokens: int,
         concurrency: int | list[int] = 1,
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> Generation:
-        """Complete `prompts`, at most `concurrency` at a time, each until end of text or `max_tokens`.
+        """Complete `prompts`, texts or tokens, at most `concurrency` at a time, each until end of text or `max_tokens`.
 
         With a list, prompt i starts when fewer than `concurrency[i]` are in flight.
 

@@ -98,14 +98,16 @@ class TrainConfig(StrictModel):
     """torch.compile: minutes to start, then a third faster."""
     seed: int = 0
     """Of data and weights."""
+    report_to: tuple[str, ...] = ()
+    """Where else the log goes, as transformers names it: `tensorboard`, .. Its package must be installed."""
     log_steps: Positive = 50
     """Write losses every so many steps."""
     save_steps: Positive = 500
     """Write a checkpoint every so many steps."""
     eval_steps: Positive | None = None
-    """Evaluate every so many steps; None: at the end only."""
+    """Count tokens per forward on the held-out prompts every so many steps; None: at the end only."""
 
-    @field_validator("data", "eval_data", mode="before")
+    @field_validator("data", "eval_data", "report_to", mode="before")
     @classmethod
     def _one_is_enough(cls, value: object) -> object:
         return (value,) if isinstance(value, str | Path) else value

@@ -156,7 +156,7 @@ def first_prompts(
     prompts = []
     for document in documents:
         if isinstance(document.content, str):
-            ids = tokenizer(document.content, add_special_tokens=False)["input_ids"][:num_tokens]
+            ids = tokenizer(document.content, add_special_tokens=False, truncation=True, max_length=num_tokens)["input_ids"]
         else:
             sequences = chat_tokens(tokenizer, document.content, document.where, ends, bad)
             ids = sequences[0][0][: sequences[0][1].index(True)] if sequences else []

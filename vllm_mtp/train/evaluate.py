@@ -1,10 +1,23 @@
-"""Tokens per forward on held-out prompts, from the base's plain greedy text: no engine and no decoding loop."""
+"""What an adapter's drafts give on the base's plain greedy text: no engine and no decoding loop."""
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 
+from vllm_mtp.outputs import Output, acceptance_length, loops, novel
 from vllm_mtp.train.model import MaskedModel
+
+LAYOUTS = ("quadratic", "linear")
+
+
+class Decoding(NamedTuple):
+    """How drafts are made: layout of the groups, `sampler` or `plain` head, and k, drafts a group."""
+
+    layout: str
+    head: str
+    k: int
 
 
 def emitted(drafts: list[list[int]], text: list[int], prompt_length: int, k: int, layout: str) -> list[int]:
@@ -30,22 +43,6 @@ def emitted(drafts: list[list[int]], text: list[int], prompt_length: int, k: int
     return forwards
 
 
-def loops(text: list[int], n: int = 8, times: int = 3) -> bool:
-    """Whether some n-gram occurs at least so often: text that repeats itself is easy to draft and flatters a mean."""
-    return max(Counter(tuple(text[i : i + n]) for i in range(len(text) - n + 1)).values(), default=0) >= times
-
-
-def novel_length(text: list[int], n: int = 8) -> int:
-    """Tokens before the one that completes an n-gram for the second time: where text begins to repeat itself."""
-    seen = set()
-    for i in range(len(text) - n + 1):
-        gram = tuple(text[i : i + n])
-        if gram in seen:
-            return i + n - 1
-        seen.add(gram)
-    return len(text)
-
-
 @torch.no_grad()
 def draft_table(model: MaskedModel, text: torch.Tensor, prompt_length: int, with_sampler: bool) -> list[list[int]]:
     """Drafts [rows, K] of the groups behind every row from the prompt's last to the text's last but one, as `emitted` takes them.
@@ -63,33 +60,49 @@ def draft_table(model: MaskedModel, text: torch.Tensor, prompt_length: int, with
     return torch.stack(drafts, 1).tolist()
 
 
-def tokens_per_forward(model: MaskedModel, texts: list[torch.Tensor], prompt_lengths: list[int]) -> dict[str, float]:
-    """Mean tokens per forward after the prompt's, by layout, head and k.
-
-    `.novel` counts each text only up to where it begins to repeat itself, `.free` only texts that do not loop.
+def decoded(
+    model: MaskedModel,
+    texts: Sequence[torch.Tensor],
+    prompt_lengths: Sequence[int],
+    budgets: Collection[int],
+    layouts: Collection[str] = LAYOUTS,
+) -> dict[Decoding, list[Output]]:
+    """What the reference decoder would give for each text, by layout, head and k; both heads where there is a sampler head.
 
     Args:
         model: the model in training.
         texts: prompts with the base's greedy continuations, each of shape [tokens].
         prompt_lengths: tokens of each prompt.
+        budgets: values of k, each at most the number of mask tokens.
+        layouts: some of `LAYOUTS`.
     """
-    K = len(model.mask_embeddings)
-    budgets = [k for k in (1, 2, 4, 8, 16, 32) if k < K] + [K]
-    tokens: Counter[str] = Counter()
-    forwards: Counter[str] = Counter()
-    looping = 0
+    outputs: dict[Decoding, list[Output]] = defaultdict(list)
     for ids, prompt_length in zip(texts, prompt_lengths, strict=True):
         text = ids.tolist()
-        repeats, cut = loops(text[prompt_length:]), prompt_length + novel_length(text[prompt_length:])
-        looping += repeats
         for head in ("sampler", "plain") if model.sampler is not None else ("plain",):
             drafts = draft_table(model, ids.to(model.mask_embeddings.device), prompt_length, head == "sampler")
-            for layout in ("quadratic", "linear"):
+            for layout in layouts:
                 for k in budgets:
-                    counts = emitted(drafts, text, prompt_length, k, layout)[1:]
-                    novel = emitted(drafts, text[:cut], prompt_length, k, layout)[1:]
-                    for kind, some in (("", counts), (".novel", novel), (".free", [] if repeats else counts)):
-                        tokens[f"{layout}.{head}{kind}.{k}"] += sum(some)
-                        forwards[f"{layout}.{head}{kind}.{k}"] += len(some)
-    means = {name: round(tokens[name] / forwards[name], 3) for name in tokens if forwards[name]}
+                    steps = emitted(drafts, text, prompt_length, k, layout)
+                    outputs[Decoding(layout, head, k)].append(Output(text[prompt_length:], steps))
+    return dict(outputs)
+
+
+def tokens_per_forward(model: MaskedModel, texts: Sequence[torch.Tensor], prompt_lengths: Sequence[int]) -> dict[str, float]:
+    """Mean tokens per forward after the prompt's, by layout, head and k: 1 to 8, 16, 32 and the number of mask tokens.
+
+    `.novel` counts each text only up to where it begins to repeat itself, `.free` only texts that do not loop.
+    """
+    K = len(model.mask_embeddings)
+    means: dict[str, float] = {}
+    looping = 0
+    for (layout, head, k), outputs in decoded(
+        model, texts, prompt_lengths, sorted({*range(1, 9), 16, 32, K} & {*range(K + 1)})
+    ).items():
+        free = [output for output in outputs if not loops(output.tokens)]
+        looping = len(outputs) - len(free)
+        for kind, some in (("", outputs), (".novel", [novel(output) for output in outputs]), (".free", free)):
+            mean = acceptance_length(some)
+            if mean is not None:
+                means[f"{layout}.{head}{kind}.{k}"] = round(mean, 3)
     return means | {"looping": looping, "texts": len(texts)}

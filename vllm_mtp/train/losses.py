@@ -3,9 +3,18 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from vllm_mtp.train.config import TrainConfig
+
+
+def _mean_over_processes(total: torch.Tensor) -> torch.Tensor:
+    """So that the mean of the processes' losses is the loss of their rows together, however these are shared out."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+        total = total / dist.get_world_size()
+    return total
 
 
 def masked_losses(
@@ -30,7 +39,7 @@ def masked_losses(
     """
     K = z.shape[2]
     weight = config.loss.position_decay ** torch.arange(K, device=z.device) * counts
-    weight = weight / weight.sum()
+    weight = weight / _mean_over_processes(weight.sum())
 
     if config.targets == "distribution":
         target = unembed(teacher).float().softmax(-1)

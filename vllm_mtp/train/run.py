@@ -4,9 +4,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -14,18 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from vllm_mtp.adapter import fingerprint_folder, read_adapter
 from vllm_mtp.train.config import TrainConfig
+from vllm_mtp.train.curves import LOSSES, write_history
 from vllm_mtp.train.data import Corpus, Sequences, first_prompts, read_corpus
 from vllm_mtp.train.documents import BadLines, DataError, read_documents
 from vllm_mtp.train.export import export, load_adapter
 from vllm_mtp.train.model import MaskedModel
-from vllm_mtp.train.on_policy import end_tokens, on_policy_sequences
-from vllm_mtp.train.trainer import Evaluation, MaskTrainer, last_checkpoint
+from vllm_mtp.train.on_policy import continue_prompts, end_tokens, on_policy_sequences
+from vllm_mtp.train.trainer import MaskTrainer, last_checkpoint
 from vllm_mtp.whole_files import whole, write_whole
 
-PROMPT_TOKENS = 192
+PROMPT_TOKENS, NEW_TOKENS = 192, 128
 # They change what is reported, how long and how fast, not what is trained.
 FREE_OPTIONS = {
-    *("output", "base_name", "strict", "steps", "compile"),
+    *("output", "base_name", "strict", "steps", "compile", "report_to"),
     *("eval_data", "eval_prompts", "eval_steps", "log_steps", "save_steps"),
 }
 
@@ -33,37 +36,64 @@ FREE_OPTIONS = {
 def train(config: TrainConfig) -> Path:
     """Train an adapter and write it to `config.output / "adapter"`; a killed run goes on from its last checkpoint.
 
+    Under `torchrun` or `accelerate launch` the processes share each step's sequences, and `config.output`.
+
     Raises:
         DataError: data or output folder cannot be used.
         OSError: the base model cannot be loaded.
     """
-    _claim_output(config)
-    torch.manual_seed(config.seed)
     cuda = torch.cuda.is_available()
+    processes = PartialState(cpu=not cuda, timeout=timedelta(days=1))  # the others wait while one generates
+    if config.batch_size % processes.num_processes:
+        raise DataError(f"batch_size={config.batch_size} cannot be shared by {processes.num_processes} processes.")
+    if processes.is_main_process:
+        _claim_output(config)
+    torch.manual_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.base)
     base = AutoModelForCausalLM.from_pretrained(
         config.base,
         dtype=torch.bfloat16 if cuda and config.bf16 else torch.float32,
         attn_implementation="sdpa",
     )
-    base.to("cuda" if cuda else "cpu")  # type: ignore[arg-type]
+    base.to(processes.device)  # type: ignore[arg-type]
     window = getattr(base.config, "sliding_window", None)
     if window and window < config.length + config.mask_tokens and getattr(base.config, "use_sliding_window", True):
         raise DataError(f"length={config.length} is beyond the base's sliding window of {window} tokens: ask for a smaller length.")
     model, ends = MaskedModel(base, config), end_tokens(tokenizer, base)
     if config.init_adapter is not None:
         load_adapter(model, read_adapter(config.init_adapter))
-    bad = BadLines(config.strict)
-    corpus = read_corpus(tokenizer, read_documents(config.data, bad), ends, config.seed, bad)
-    bad.report("data")
-    data = Sequences(corpus, None, config)  # finds too little data before the base generates for minutes
-    prompts = _held_out(tokenizer, ends, config)
-    data.on_policy = _on_policy(model, corpus, ends)
-    callbacks = [Evaluation(model, prompts, ends, config.eval_steps)] if prompts else []
+    data, prompts = _data(tokenizer, ends, config, processes)
+    data.on_policy = _on_policy(model, data.corpus, ends, processes)
+    # The base never changes, so neither do its continuations.
+    texts = continue_prompts(base, prompts, NEW_TOKENS, ends) if processes.is_main_process else []
 
     if config.compile and not cuda:
         base.set_attn_implementation("eager")  # compiled, it is the faster one on a CPU; generating with it is the slower one
 
+    trainer = _trainer(model, data, texts, [len(prompt) for prompt in prompts], processes.num_processes)
+    start = time.time()
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output))
+    folder = config.output / "adapter"
+    if processes.is_main_process:
+        if not trainer.figures:  # the run had ended before
+            trainer.evaluate()
+        history = trainer.state.log_history
+        last = next((entry for entry in reversed(history) if "loss" in entry), {})
+        figures: dict[str, object] = {
+            "seconds_since_last_resume": round(time.time() - start),
+            "final_losses": {name: last[name] for name in LOSSES if name in last},
+            "tokens_per_forward": trainer.figures,
+        }
+        export(model, folder, figures)
+        write_history(history, config.output)
+    processes.wait_for_everyone()
+    return folder
+
+
+def _trainer(
+    model: MaskedModel, data: Sequences, texts: Sequence[torch.Tensor], prompt_lengths: Sequence[int], num_processes: int
+) -> MaskTrainer:
+    config = model.options
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -71,29 +101,35 @@ def train(config: TrainConfig) -> Path:
     arguments = TrainingArguments(
         output_dir=str(config.output),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // num_processes,
         bf16=config.bf16,
-        use_cpu=not cuda,
+        use_cpu=not torch.cuda.is_available(),
         torch_compile=config.compile,
         max_grad_norm=config.max_grad_norm,
         logging_steps=config.log_steps,
         save_steps=config.save_steps,
         save_total_limit=2,
+        eval_strategy="steps" if config.eval_data else "no",
+        eval_steps=config.eval_steps or config.steps,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         seed=config.seed,
-        report_to=[],
+        report_to=list(config.report_to),
         remove_unused_columns=False,
         disable_tqdm=not sys.stderr.isatty(),
     )
-    trainer = MaskTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule), callbacks=callbacks)
-    start = time.time()
-    trainer.train(resume_from_checkpoint=last_checkpoint(config.output))
-    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
-    figures: dict[str, object] = {
-        "seconds_since_last_resume": round(time.time() - start),
-        "final_losses": {name: last[name] for name in ("loss", "plain", "sampler", "consistency") if name in last},
-        "tokens_per_forward": callbacks[0].figures if callbacks else {},
-    }
-    return export(model, config.output / "adapter", figures)
+    try:
+        return MaskTrainer(
+            model,
+            arguments,
+            train_dataset=data,
+            eval_dataset=data,  # not read: tokens per forward are counted instead
+            optimizers=(optimizer, schedule),
+            texts=texts,
+            prompt_lengths=prompt_lengths,
+        )
+    except (RuntimeError, ValueError) as error:  # of an integration that there is not, or whose package is not installed
+        raise DataError(f"--report-to {' '.join(config.report_to)}: {error}") from error
 
 
 def _claim_output(config: TrainConfig) -> None:
@@ -110,18 +146,23 @@ def _claim_output(config: TrainConfig) -> None:
     write_whole(file, json.dumps(options, indent=2) + "\n")
 
 
-def _held_out(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], config: TrainConfig) -> list[torch.Tensor]:
-    """The prompts to count tokens per forward on; none where no evaluation is wanted."""
-    if not config.eval_data:
-        return []
-    bad = BadLines(config.strict)
-    documents = read_documents(config.eval_data, bad)[: config.eval_prompts]
-    prompts = first_prompts(tokenizer, documents, PROMPT_TOKENS, ends, bad)
-    bad.report("prompts")
-    return prompts
+def _data(
+    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], config: TrainConfig, processes: PartialState
+) -> tuple[Sequences, list[torch.Tensor]]:
+    """What is learned, and the prompts to count tokens per forward on; too little data is found before the base generates."""
+    bad, bad_prompts = BadLines(config.strict), BadLines(config.strict)
+    data = Sequences(read_corpus(tokenizer, read_documents(config.data, bad), ends, config.seed, bad), None, config)
+    prompts: list[torch.Tensor] = []
+    if config.eval_data:
+        documents = read_documents(config.eval_data, bad_prompts)[: config.eval_prompts]
+        prompts = first_prompts(tokenizer, documents, PROMPT_TOKENS, ends, bad_prompts)
+    if processes.is_main_process:
+        bad.report("data")
+        bad_prompts.report("prompts")
+    return data, prompts
 
 
-def _on_policy(model: MaskedModel, corpus: Corpus, ends: Sequence[int]) -> dict[str, torch.Tensor] | None:
+def _on_policy(model: MaskedModel, corpus: Corpus, ends: Sequence[int], processes: PartialState) -> dict[str, torch.Tensor] | None:
     """Sequences continued by the base, from `OUTPUT/on_policy.safetensors` where an earlier run made the same ones."""
     config = model.options
     if config.on_policy == 0:
@@ -131,21 +172,30 @@ def _on_policy(model: MaskedModel, corpus: Corpus, ends: Sequence[int]) -> dict[
         mode="json", include={"on_policy_sequences", "on_policy_greedy", "on_policy_engine", "length", "seed"}
     )
     made_for = json.dumps({**settings, "base": fingerprint_folder(config.base), "tokens": corpus.digest()})
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made_for") == made_for:
-                return load_file(path)
-    tensors: dict[str, torch.Tensor] = {}
-    with Progress() as progress:
-        task = progress.add_task("continuing prompts with the base", total=config.on_policy_sequences)
-        for done in on_policy_sequences(model.base, corpus, ends, config):
-            if isinstance(done, int):
-                progress.update(task, completed=done)
-            else:
-                tensors = done
-    with whole(path) as part:
-        save_file(tensors, part, {"made_for": made_for})
-    return tensors
+    if processes.is_main_process and not _was_made_for(path, made_for):
+        if processes.num_processes > 1:
+            if config.on_policy_engine == "vllm":
+                raise DataError("on_policy_engine=vllm runs in one process only: start without torchrun, or ask for transformers.")
+            config = config.model_copy(update={"on_policy_engine": "transformers"})
+        tensors: dict[str, torch.Tensor] = {}
+        with Progress() as progress:
+            task = progress.add_task("continuing prompts with the base", total=config.on_policy_sequences)
+            for done in on_policy_sequences(model.base, corpus, ends, config):
+                if isinstance(done, int):
+                    progress.update(task, completed=done)
+                else:
+                    tensors = done
+        with whole(path) as part:
+            save_file(tensors, part, {"made_for": made_for})
+    processes.wait_for_everyone()
+    return load_file(path)
+
+
+def _was_made_for(path: Path, made_for: str) -> bool:
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("made_for") == made_for
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:

@@ -1,6 +1,5 @@
 """transformers' Trainer with checkpoints of what is trained, every term of the loss in the log, and tokens per forward."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,26 +8,37 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vllm_mtp.train.curves import EVALUATED
 from vllm_mtp.train.evaluate import tokens_per_forward
 from vllm_mtp.train.model import MaskedModel
-from vllm_mtp.train.on_policy import continue_prompts
 
 WEIGHTS = "trained.safetensors"
-NEW_TOKENS = 128
 
 
 class MaskTrainer(Trainer):
-    """Trainer whose checkpoints hold only what is trained, and whose log has every term of the loss."""
+    """Trainer whose checkpoints hold only what is trained, and whose log has every term of the loss and tokens per forward.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        texts: held-out prompts with the base's continuations, where the first process is to count tokens per forward.
+        prompt_lengths: tokens of each prompt.
+    """
+
+    def __init__(self, *args: Any, texts: Sequence[torch.Tensor] = (), prompt_lengths: Sequence[int] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.terms: dict[str, torch.Tensor] = {}
         self.num_terms = 0
+        self.texts, self.prompt_lengths = texts, prompt_lengths
+        self.figures: dict[str, float] = {}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        # Items are random draws. In their order a run with other `steps` goes on where it was, and processes share each step's.
+        return SequentialSampler(train_dataset or self.train_dataset)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         outputs = model(**inputs)
@@ -40,9 +50,21 @@ class MaskTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.num_terms:
-            logs |= {name: round((value / self.num_terms).item(), 4) for name, value in self.terms.items()}
+            means = {name: self.accelerator.reduce(value / self.num_terms, "mean") for name, value in self.terms.items()}
+            logs |= {name: round(value.item(), 4) for name, value in means.items()}
             self.terms, self.num_terms = {}, 0
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Tokens per forward, to the log for the quadratic layout and all of them to `figures`."""
+        logged: dict[str, float] = {}
+        if self.texts and self.is_world_process_zero():
+            self.figures = tokens_per_forward(self._masked_model(), self.texts, self.prompt_lengths)
+            shown = {name: value for name, value in self.figures.items() if name.startswith("quadratic.") and ".free." not in name}
+            logged = {f"{EVALUATED}{name}": value for name, value in shown.items()}
+            self.log(dict(logged))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
+        return logged
 
     def _masked_model(self) -> MaskedModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -55,6 +77,11 @@ class MaskTrainer(Trainer):
             free = shutil.disk_usage(self.args.output_dir).free >> 10  # type: ignore[arg-type]
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(f"checkpoint {folder} could not be written (free space on its disk: {free} KiB): {error}") from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The state that makes a checkpoint whole is written next: not before every process has written its part.
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
@@ -78,25 +105,3 @@ def last_checkpoint(folder: Path) -> str | None:
     checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
     newest_first = sorted(checkpoints, key=lambda path: -int(path.name.rpartition("-")[2]))
     return next((str(path) for path in newest_first if whole(path)), None)
-
-
-class Evaluation(TrainerCallback):
-    """Tokens per forward on held-out prompts, printed every `every` steps and at the end; the last ones are in `figures`."""
-
-    def __init__(self, model: MaskedModel, prompts: list[torch.Tensor], ends: Sequence[int], every: int | None) -> None:
-        self.model, self.every = model, every
-        # The base never changes, so neither do its continuations.
-        self.texts = continue_prompts(model.base, prompts, NEW_TOKENS, ends)
-        self.prompt_lengths = [len(prompt) for prompt in prompts]
-        self.figures: dict[str, float] = {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self._evaluate(state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._evaluate(state.global_step)
-
-    def _evaluate(self, step: int) -> None:
-        self.figures = tokens_per_forward(self.model, self.texts, self.prompt_lengths)
-        print(json.dumps({"step": step, "tokens_per_forward": self.figures}), flush=True)
