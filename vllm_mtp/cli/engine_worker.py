@@ -29,7 +29,8 @@ def generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     from vllm.sampling_params import RequestOutputKind
 
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
-    waiting = deque((i, tokenizer(prompt)["input_ids"]) for i, prompt in enumerate(request["prompts"]))
+    prompts = (tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in request["prompts"])
+    waiting = deque(enumerate(prompts))
     outputs: list[dict[str, Any]] = [{"tokens": [], "steps": [], "pieces": []} for _ in waiting]
     limits = request["concurrency"]
     limits = limits if isinstance(limits, list) else [limits] * len(waiting)

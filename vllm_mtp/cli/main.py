@@ -1,11 +1,14 @@
 """The `vllm-mtp` command line. torch, vLLM and the rest are imported when a command runs, so that `--help` is quick."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from vllm_mtp.cli import eval as eval_command
 from vllm_mtp.cli import train
+
+LAYOUTS = ("quadratic", "linear")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,3 +91,53 @@ def doctor(
 
 
 app.command(epilog=train.EPILOG)(train.train)
+
+
+@app.command("eval", epilog=eval_command.EPILOG)
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    base: Annotated[Path, typer.Option(help="Folder of the base model, with its tokenizer.", show_default=False)],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="Held-out prompts, read like training data: a domain for each file or folder; repeatable.", show_default=False
+        ),
+    ],
+    num_speculative_tokens: Annotated[
+        list[int] | None, typer.Option("--num-speculative-tokens", "-k", min=1, help="Drafts; repeatable. 1 to 8 when left out.")
+    ] = None,
+    layout: Annotated[list[str] | None, typer.Option(help="quadratic or linear; repeatable. Both when left out.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Most prompts of a domain.")] = 48,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a text that are its prompt; a chat has its first question.")
+    ] = 192,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Output tokens a prompt.")] = 128,
+    engine: Annotated[Literal["reference", "vllm"], typer.Option(help="What decodes: plain torch, or vLLM.")] = "reference",
+    dtype: Annotated[str, typer.Option(help="Of vLLM's engine; the reference has float32.")] = "bfloat16",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of the figures to this file.")] = None,
+) -> None:
+    """Count an adapter's tokens per forward on held-out prompts, by domain and k, with acceptance by position and loops."""
+    from vllm_mtp.cli.eval import EvalOptions, run
+
+    layouts = tuple(dict.fromkeys(layout or LAYOUTS))
+    if not set(layouts) <= set(LAYOUTS):
+        raise typer.BadParameter(f"--layout is {' or '.join(LAYOUTS)}")
+    raise typer.Exit(
+        run(
+            EvalOptions(
+                adapter=adapter,
+                base=base,
+                data=tuple(data),
+                budgets=tuple(sorted({*(num_speculative_tokens or ())})),
+                layouts=layouts,
+                prompts=prompts,
+                prompt_tokens=prompt_tokens,
+                max_tokens=max_tokens,
+                engine=engine,
+                dtype=dtype,
+                json_file=json_file,
+                plot=plot,
+            )
+        )
+    )
