@@ -1,6 +1,7 @@
 """`vllm-mtp train`: turn a Hugging Face causal LM into one with mask tokens. Every option of `TrainConfig` is a flag."""
 
 import inspect
+import os
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ def train(context: typer.Context, config: Path | None, **_: Any) -> None:
         folder = train(checked)
     except (ValueError, OSError) as error:
         _fail(str(error).splitlines()[0])
-    typer.echo(f"adapter written to {folder}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"adapter written to {folder}")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -84,8 +84,8 @@ def train(config: TrainConfig) -> Path:
             "final_losses": {name: last[name] for name in LOSSES if name in last},
             "tokens_per_forward": trainer.figures,
         }
-        export(model, folder, figures)
         write_history(history, config.output)
+        export(model, folder, figures)
     processes.wait_for_everyone()
     return folder
 
