@@ -80,6 +80,12 @@ def test_a_run_leaves_its_history_its_curves_and_logs_for_tensorboard(tmp_path: 
     assert [event.step for event in events.Scalars("eval/quadratic.sampler.3")] == [2, 4]
 
 
+def test_a_base_in_parts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(DataError, match="FSDP and DeepSpeed cannot hold the base"):
+        train(run_config(tmp_path))
+
+
 def test_an_unknown_place_to_report_to_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--report-to nowhere: nowhere is not supported"):
         train(run_config(tmp_path, report_to=["nowhere"]))

@@ -68,21 +68,14 @@ def read_corpus(
         bad: takes the chats that the template refuses.
     """
     texts = [document.content for document in documents if isinstance(document.content, str)]
-    tokens: list[int] = []
-    answers: list[bool] = []
-    starts = [0]
+    chats, answers = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.bool)]
     for document in documents:
         if isinstance(document.content, list):
             for ids, by_assistant in chat_tokens(tokenizer, document.content, document.where, ends, bad):
-                tokens += ids
-                answers += by_assistant
-                starts.append(len(tokens))
-    return Corpus(
-        token_stream(tokenizer, texts, seed),
-        torch.tensor(tokens, dtype=torch.long),
-        torch.tensor(answers, dtype=torch.bool),
-        torch.tensor(starts),
-    )
+                chats.append(torch.tensor(ids))
+                answers.append(torch.tensor(by_assistant))
+    starts = torch.tensor([len(chat) for chat in chats]).cumsum(0)
+    return Corpus(token_stream(tokenizer, texts, seed), torch.cat(chats), torch.cat(answers), starts)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str], seed: int) -> torch.Tensor:

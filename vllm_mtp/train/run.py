@@ -1,6 +1,7 @@
 """A training run from options to adapter: base and data are loaded, the base continues prompts, the Trainer trains."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ def train(config: TrainConfig) -> Path:
         DataError: data or output folder cannot be used.
         OSError: the base model cannot be loaded.
     """
+    if any(os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true") for kind in ("FSDP", "DEEPSPEED")):
+        # Real rows and mask rows run through two trees of modules over one set of weights, which neither can divide.
+        raise DataError("FSDP and DeepSpeed cannot hold the base: launch plain processes (DDP), each with a whole base.")
     cuda = torch.cuda.is_available()
     processes = PartialState(cpu=not cuda, timeout=timedelta(days=1))  # the others wait while one generates
     if config.batch_size % processes.num_processes:
