@@ -110,7 +110,7 @@ def evaluate(
     prompts: Annotated[int, typer.Option(min=1, help="Most prompts of a domain.")] = 48,
     prompt_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a text that are its prompt; a chat has its first question.")
-    ] = 192,
+    ] = 256,
     max_tokens: Annotated[int, typer.Option(min=2, help="Output tokens a prompt.")] = 128,
     engine: Annotated[Literal["reference", "vllm"], typer.Option(help="What decodes: plain torch, or vLLM.")] = "reference",
     dtype: Annotated[str, typer.Option(help="Of vLLM's engine; the reference has float32.")] = "bfloat16",

@@ -33,7 +33,7 @@ def continuer(base: PreTrainedModel, ends: Sequence[int], config: TrainConfig) -
 
         def by_transformers(prompts: list[torch.Tensor], sample: bool) -> list[torch.Tensor]:
             order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-            found = {}
+            found: dict[int, torch.Tensor] = {}
             for start in range(0, len(order), BATCH):
                 batch = order[start : start + BATCH]
                 sequences = continue_prompts(base, [prompts[i] for i in batch], T - len(prompts[batch[0]]), ends, sample)
