@@ -67,7 +67,7 @@ def test_a_run_leaves_its_history_its_curves_and_logs_for_tensorboard(tmp_path: 
     assert steps == [1, 2, 3, 4]
     parts = zip(*(series(history, name)[1] for name in LOSSES[1:]), strict=True)
     assert losses == [pytest.approx(sum(terms), abs=2e-4) for terms in parts]
-    names = {f"quadratic.{head}{kind}.{k}" for head in ("sampler", "plain") for kind in ("", ".novel") for k in (1, 2, 3)}
+    names = {f"quadratic.sampler{kind}.{k}" for kind in ("", ".novel") for k in (1, 2, 3)}
     assert {name.removeprefix("eval_") for entry in history for name in entry if name.startswith("eval_")} == names
     for name in names:
         evaluated, values = series(history, f"eval_{name}")

@@ -56,11 +56,12 @@ class MaskTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Tokens per forward, to the log for the quadratic layout and all of them to `figures`."""
+        """Tokens per forward: of the quadratic layout and the head that drafts to the log, all of them to `figures`."""
         logged: dict[str, float] = {}
         if self.texts and self.is_world_process_zero():
             self.figures = tokens_per_forward(self._masked_model(), self.texts, self.prompt_lengths)
-            shown = {name: value for name, value in self.figures.items() if name.startswith("quadratic.") and ".free." not in name}
+            way = "quadratic.plain." if self._masked_model().sampler is None else "quadratic.sampler."
+            shown = {name: value for name, value in self.figures.items() if name.startswith(way) and ".free." not in name}
             logged = {f"{EVALUATED}{name}": value for name, value in shown.items()}
             self.log(dict(logged))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
