@@ -1,4 +1,4 @@
-"""Read, check and write an adapter folder.
+"""Read, check and write an adapter folder; weights of other projects are read in `foreign`.
 
     config.json                 AdapterConfig: base model, k, sampler, provenance
     adapter_config.json         as PEFT writes them
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from vllm_mtp.base_model import base_facts, check_facts, fingerprint_folder, fin
 from vllm_mtp.config import AdapterConfig
 from vllm_mtp.peft_format import CONFIG_FILE as PEFT_CONFIG_FILE
 from vllm_mtp.peft_format import WEIGHTS_FILE as PEFT_WEIGHTS_FILE
-from vllm_mtp.peft_format import LoRASpec, lora_names, lora_tensor_shapes, peft_config, read_lora_specs
+from vllm_mtp.peft_format import PREFIX, LoRASpec, lora_names, lora_tensor_shapes, modules_in, peft_config, read_lora_specs
 from vllm_mtp.safe_files import AdapterError, Shape, check_folder, check_tensors, load_tensors, read_header, read_json_object
 from vllm_mtp.sampler_head import SamplerHead
 from vllm_mtp.whole_files import reason
@@ -41,6 +41,7 @@ __all__ = [
     "fingerprint_tensors",
     "is_adapter",
     "linear_shapes",
+    "load_lora",
     "read_adapter",
     "read_config",
     "validate_folder",
@@ -64,13 +65,31 @@ class LoRAWeights:
 class Adapter:
     """A loaded adapter; tensors are on the CPU, in the dtypes of their files.
 
-    `lora` is keyed by module path, for example `model.layers.0.self_attn.q_proj`; `mask_embeddings` has shape [k, d].
+    Attributes:
+        config: what it says of itself.
+        lora: by module path, for example `model.layers.0.self_attn.q_proj`.
+        mask_embeddings: [k, d]; [0, d] where mask rows are embedded as tokens of the base's vocabulary.
+        sampler: the sampler head, if there is one.
+        mask_token_ids: those k tokens.
     """
 
     config: AdapterConfig
     lora: dict[str, LoRAWeights]
     mask_embeddings: torch.Tensor
     sampler: SamplerHead | None
+    mask_token_ids: tuple[int, ...] = ()
+
+    def embeddings(self, embed: Callable[[torch.Tensor], torch.Tensor], k: int, device: torch.device) -> torch.Tensor:
+        """What mask rows 1 .. k enter the first layer with, [k, d].
+
+        Args:
+            embed: the base's embedding, [n] -> [n, d].
+            k: at most the adapter's number of mask tokens.
+            device: of the base.
+        """
+        if self.mask_token_ids:
+            return embed(torch.tensor(self.mask_token_ids[:k], device=device)).detach()
+        return self.mask_embeddings[:k].to(device)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -127,10 +146,12 @@ def _check_files(folder: Path, expected_shapes: dict[str, tuple[int, int]] | Non
     """Everything that can be checked without loading a tensor."""
     config = read_config(folder)
     check_folder(folder)
-    specs = read_lora_specs(folder, config.base.num_hidden_layers)
     path = folder / PEFT_WEIGHTS_FILE
+    header = read_header(path)
+    modules = list(expected_shapes) if expected_shapes is not None else modules_in(path, header, config.base.num_hidden_layers)
+    specs = read_lora_specs(folder, modules)
     remedy = f"{PEFT_CONFIG_FILE} and the base model decide what must be there; write the adapter again"
-    check_tensors(path, read_header(path), lora_tensor_shapes(specs, expected_shapes), remedy)
+    check_tensors(path, header, lora_tensor_shapes(specs, expected_shapes), remedy)
     path = folder / MTP_FILE
     remedy = f"{CONFIG_FILE} decides what must be there; write the adapter again"
     check_tensors(path, read_header(path), _mtp_shapes(config), remedy)
@@ -164,11 +185,7 @@ def read_adapter(path: str | Path, expected_shapes: dict[str, tuple[int, int]] |
     """
     folder = Path(path)
     config, specs = _check_files(folder, expected_shapes)
-    weights = load_tensors(folder / PEFT_WEIGHTS_FILE, [name for module in specs for name in lora_names(module)])
-    lora = {}
-    for module, spec in specs.items():
-        name_a, name_b = lora_names(module)
-        lora[module] = LoRAWeights(weights[name_a], weights[name_b], spec.scale)
+    lora = load_lora(folder, specs)
     mtp = load_tensors(folder / MTP_FILE, _mtp_shapes(config))
     sampler = None
     if config.sampler is not None:
@@ -178,6 +195,16 @@ def read_adapter(path: str | Path, expected_shapes: dict[str, tuple[int, int]] |
         sampler.load_state_dict(state, assign=True)
         sampler.requires_grad_(False)
     return Adapter(config, lora, mtp["mask_embeddings"], sampler)
+
+
+def load_lora(folder: Path, specs: dict[str, LoRASpec], prefix: str = PREFIX) -> dict[str, LoRAWeights]:
+    """The LoRA of a folder whose headers have been checked; AdapterError on NaN and infinity."""
+    weights = load_tensors(folder / PEFT_WEIGHTS_FILE, [name for module in specs for name in lora_names(module, prefix)])
+    lora = {}
+    for module, spec in specs.items():
+        name_a, name_b = lora_names(module, prefix)
+        lora[module] = LoRAWeights(weights[name_a], weights[name_b], spec.scale)
+    return lora
 
 
 def write_adapter(

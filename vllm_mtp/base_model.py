@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
+from vllm_mtp.causal_lm import linears
 from vllm_mtp.config import BaseFacts
 from vllm_mtp.safe_files import AdapterError, read_json_object
 
 _FINGERPRINTED = re.compile(r"model\.norm\.weight|model\.layers\.\d+\.(input|post_attention)_layernorm\.weight")
+
+_BESIDE_SIZES = frozenset({"_name_or_path", "auto_map", "quantization_config", "transformers_version", "dtype", "torch_dtype"})
+"""Keys of a configuration that say nothing of its layers' shapes."""
 
 
 def _config_dict(base: Any) -> dict[str, Any]:
@@ -62,29 +67,31 @@ def base_facts(base: Any, name: str | None = None) -> BaseFacts:
 
 
 def linear_shapes(base: Any) -> dict[str, tuple[int, int]] | None:
-    """Module path -> weight shape (out, in) of the seven linear layers of every decoder layer; None when sizes are not stated.
+    """Module path -> weight shape (out, in) of the linear layers that a LoRA can sit on, of every decoder layer
+    (`causal_lm.linears`).
+
+    The model is built without weights. None where transformers does not know it, and for multimodal models.
 
     Args:
-        base: a model folder, a transformers configuration, or its dictionary, of a Llama-like model.
+        base: a model folder, a transformers configuration, or its dictionary.
     """
     config = _config_dict(base)
+    sizes = {key: value for key, value in config.items() if key not in _BESIDE_SIZES}
+    shapes = None if "text_config" in config else _linear_shapes(json.dumps(sizes, sort_keys=True, default=str))
+    return shapes and dict(shapes)
+
+
+@lru_cache(maxsize=8)
+def _linear_shapes(config: str) -> dict[str, tuple[int, int]] | None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = json.loads(config)
     try:
-        d, m, heads = int(config["hidden_size"]), int(config["intermediate_size"]), int(config["num_attention_heads"])
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head = int(config.get("head_dim") or d // heads)
-        num_layers = int(config["num_hidden_layers"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+        return {name: (layer.out_features, layer.in_features) for name, layer in linears(model).items()}
+    except Exception:  # whatever a constructor of transformers makes of a configuration that is not for it
         return None
-    layer = {
-        "self_attn.q_proj": (heads * head, d),
-        "self_attn.k_proj": (kv_heads * head, d),
-        "self_attn.v_proj": (kv_heads * head, d),
-        "self_attn.o_proj": (d, heads * head),
-        "mlp.gate_proj": (m, d),
-        "mlp.up_proj": (m, d),
-        "mlp.down_proj": (d, m),
-    }
-    return {f"model.layers.{i}.{name}": shape for i in range(num_layers) for name, shape in layer.items()}
 
 
 def is_fingerprinted(name: str) -> bool:
@@ -106,7 +113,7 @@ def fingerprint_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str | None
     return digest.hexdigest() if tensors else None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files: those its index names, else all. AdapterError when the index names one elsewhere."""
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -122,7 +129,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def fingerprint_folder(folder: str | Path) -> str | None:
     """`fingerprint_tensors` of a model folder; only the norms are read. None when it has no safetensors, or no such norms."""
     tensors: dict[str, torch.Tensor] = {}
-    for path in _weight_files(Path(folder)):
+    for path in weight_files(Path(folder)):
         try:
             with safe_open(path, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys() if is_fingerprinted(name)}  # noqa: SIM118

@@ -193,6 +193,10 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             from vllm_mtp.kernels import cpu
 
             self.additional_config["mtp_kernels"] = cpu.fingerprint()
+        if self.disable_hybrid_kv_cache_manager is None:
+            # Layers with a sliding window then have the same blocks as those without, and a fork has one block table for all.
+            # Nothing changes for models whose layers are all alike.
+            self.disable_hybrid_kv_cache_manager = True
         if (rows := selection.scheduled_rows(options, self)) is not None:
             self.max_num_scheduled_tokens = rows
         given = self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens

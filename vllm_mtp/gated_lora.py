@@ -31,17 +31,18 @@ class Shard:
     scale: float
 
 
-def shard(lora: LowRank, layer: Any, num_outputs: int) -> Shard:
+def shard(lora: LowRank, layer: Any, outputs: list[tuple[int, int]]) -> Shard:
     """The part of `lora` that belongs to a rank's part of the base weight W [out, in].
 
     Where a rank has rows of W (column-parallel), it takes the same rows of B, and all of A. Where it has columns of W
     (row-parallel), it takes the same columns of A, and all of B: the layer's all-reduce sums the ranks' B A x with their W x, once.
-    What W repeats on several ranks, K and V heads fewer than ranks, B repeats too.
+    What W repeats on several ranks, K and V heads fewer than ranks, B repeats too. A module that the base itself has fused, as
+    Phi-3 has q, k and v, is split part by part.
 
     Args:
         lora: of the whole module.
         layer: vLLM's linear layer (model_executor/layers/linear.py, LinearBase) that the module is, or is fused into.
-        num_outputs: output features of the module on this rank.
+        outputs: output features of each part of the module: of the whole part, and on this rank.
     """
     num_inputs = getattr(layer, "input_size_per_partition", layer.input_size)
 
@@ -50,7 +51,9 @@ def shard(lora: LowRank, layer: Any, num_outputs: int) -> Shard:
         return layer.tp_rank // neighbours_with_the_same * here
 
     a = lora.a.narrow(1, first(num_inputs, lora.a.shape[1]), num_inputs)
-    return Shard(a, lora.b.narrow(0, first(num_outputs, lora.b.shape[0]), num_outputs), lora.scale)
+    parts = lora.b.split([everywhere for everywhere, _ in outputs])
+    b = [part.narrow(0, first(here, everywhere), here) for part, (everywhere, here) in zip(parts, outputs, strict=True)]
+    return Shard(a, b[0] if len(b) == 1 else torch.cat(b), lora.scale)
 
 
 class RowSplit:
@@ -167,7 +170,12 @@ def gate(layer: Any, expanded: Expanded, rows: RowSplit) -> None:
 
     def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         has_masks = rows.tracing_expanded if torch.compiler.is_compiling() else rows.num_real is not None
-        return expanded(layer, x, bias) if has_masks else base(layer, x, bias)
+        if not has_masks:
+            return base(layer, x, bias)
+        if x.ndim == 2:
+            return expanded(layer, x, bias)
+        # Models that vLLM takes over from transformers keep a batch dimension of one in front of the rows.
+        return expanded(layer, x.flatten(0, -2), bias).view(*x.shape[:-1], -1)
 
     method.apply = apply
     layer.quant_method = method
@@ -177,13 +185,12 @@ def plain_product(weight: torch.Tensor) -> Product:
     return lambda x: torch.nn.functional.linear(x, weight)
 
 
-def _output_features(layer: Any, num_parts: int) -> list[tuple[int, int]]:
-    """Output features of each module that is fused into `layer`: of the whole module, and on this rank."""
-    if num_parts == 1:
-        return [(layer.output_size, sum(layer.output_partition_sizes))]
+def _output_features(layer: Any) -> list[tuple[int, int]]:
+    """Output features of each part of a layer that is fused, or of the layer: of the whole part, and on this rank."""
+    sizes = getattr(layer, "output_sizes", [layer.output_size])
     # QKVParallelLinear counts a K or V head once for every rank that has it.
     copies = getattr(layer, "num_kv_head_replicas", 1)
-    first, *others = layer.output_sizes
+    first, *others = sizes
     return list(zip([first, *(size // copies for size in others)], layer.output_partition_sizes, strict=True))
 
 
@@ -223,22 +230,26 @@ def install(
         if not isinstance(layer, LinearBase):
             continue
         parent, _, last = name.removesuffix(".base_layer").rpartition(".")  # wrapped for request LoRA adapters
-        parts = packed.get(last, [last])
+        names = packed.get(last, [last])
+        if unused.isdisjoint(f"{parent}.{name}" for name in names):
+            continue
+        outputs = _output_features(layer)
+        # Each part of a fused layer is a module of its own in the base, unless the base has fused them too.
+        parts = [[size] for size in outputs] if len(names) > 1 else [outputs]
         slices: list[tuple[int, LowRank]] = []
         at = 0
-        for part, (size, size_here) in zip(parts, _output_features(layer, len(parts)), strict=True):
+        for part, sizes in zip(names, parts, strict=True):
             path = f"{parent}.{part}"
             if path in lora:
-                shape = (lora[path].b.shape[0], lora[path].a.shape[1])
+                shape, size = (lora[path].b.shape[0], lora[path].a.shape[1]), sum(everywhere for everywhere, _ in sizes)
                 if shape != (size, layer.input_size):
                     raise ValueError(
                         f"the LoRA of {path} maps {shape[1]} to {shape[0]} features; the base has {layer.input_size} and {size}"
                     )
-                slices.append((at, shard(lora[path], layer, size_here)))
+                slices.append((at, shard(lora[path], layer, sizes)))
                 unused.discard(path)
-            at += size_here
-        if slices:
-            gate(layer, with_lora(layer, slices, at, rows), rows)
+            at += sum(here for _, here in sizes)
+        gate(layer, with_lora(layer, slices, at, rows), rows)
     if unused:
         raise ValueError(
             f"the adapter has LoRA weights for modules that the served model does not have: {', '.join(sorted(unused)[:3])}"

@@ -12,7 +12,11 @@ def with_scratch_blocks(kv_cache_config: Any, num_scratch: int) -> Any:
     """
     config = copy.deepcopy(kv_cache_config)
     if len(config.kv_cache_groups) != 1:
-        raise ValueError("mask-token prediction does not support models with several KV cache groups (hybrid attention) yet")
+        raise ValueError(
+            "mask-token prediction needs one KV cache group for all layers, and this model has "
+            f"{len(config.kv_cache_groups)}: leave --no-disable-hybrid-kv-cache-manager out; models with other layers than those "
+            "of full and sliding-window attention are not supported"
+        )
     for tensor in config.kv_cache_tensors:
         if not (_grow_layers if hasattr(tensor, "layer_stride") else _grow_layer)(tensor, config.num_blocks, num_scratch):
             raise ValueError(

@@ -4,22 +4,17 @@ Read without PEFT, so that a server does not need it. Follows `peft/tuners/lora`
 """
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_mtp.safe_files import AdapterError, Shape, read_json_object
 
-TARGETS = {
-    "q_proj": "self_attn",
-    "k_proj": "self_attn",
-    "v_proj": "self_attn",
-    "o_proj": "self_attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_TENSOR = re.compile(r"(.+)\.lora_[AB]\.weight")
+_MODULE = re.compile(r"((?:[A-Za-z_]\w*\.)+)(\d+)((?:\.[A-Za-z_]\w*)+)")
 _READ = {
     "peft_type",
     "r",
@@ -46,6 +41,7 @@ _WITHOUT_EFFECT = {
 # These change the base's weights at the start of training, so that A and B alone do not give the trained model.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MAX_RANK = 4096
+_MAX_KINDS = 64  # of modules in a layer; a stranger's list must not make us allocate without end
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,14 @@ class LoRASpec:
     scale: float
 
 
-def lora_names(module: str) -> tuple[str, str]:
+def lora_names(module: str, prefix: str = PREFIX) -> tuple[str, str]:
     """PEFT's names of A and B of the module at this path."""
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+    return f"{prefix}{module}.lora_A.weight", f"{prefix}{module}.lora_B.weight"
+
+
+def prefix_of(names: Iterable[str]) -> str:
+    """What stands before module paths in the names of a file's tensors: PEFT's prefix, or nothing where someone took it off."""
+    return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
 
 
 def _number(path: Path, key: str, value: object, *, whole: bool) -> float:
@@ -95,12 +96,36 @@ def _entries(pattern: dict[str, object], modules: list[str], default: object) ->
     return entries
 
 
-def read_lora_specs(folder: Path, num_layers: int) -> dict[str, LoRASpec]:
+def modules_in(path: Path, names: Iterable[str], num_layers: int) -> list[str]:
+    """Modules that an adapter may be for, as its own tensors name them: each kind of module that some layer has, in every layer.
+
+    Args:
+        path: of the file, for messages.
+        names: of its tensors.
+        num_layers: decoder layers of the base model.
+
+    Raises:
+        AdapterError: the names are those of no adapter.
+    """
+    kinds: dict[tuple[str, str], None] = {}
+    for name in names:
+        tensor = _TENSOR.fullmatch(name.removeprefix(PREFIX))
+        module = tensor and _MODULE.fullmatch(tensor[1])
+        if module:
+            kinds[module[1], module[3]] = None
+    if len(kinds) > _MAX_KINDS:
+        raise AdapterError(
+            f"{path} names {len(kinds)} kinds of modules, at most {_MAX_KINDS} are expected: it is no LoRA of a model."
+        )
+    return [f"{before}{i}{after}" for i in range(num_layers) for before, after in kinds]
+
+
+def read_lora_specs(folder: Path, modules: list[str]) -> dict[str, LoRASpec]:
     """Module path -> rank and scale, for every module that the folder's `adapter_config.json` adapts.
 
     Args:
         folder: the adapter's folder.
-        num_layers: decoder layers of the base model.
+        modules: paths of the modules that it may adapt: the base's linear layers, or `modules_in` its own tensors.
 
     Raises:
         AdapterError: an option that is on and would make the served model differ from the trained one, or a bad value.
@@ -125,13 +150,13 @@ def read_lora_specs(folder: Path, num_layers: int) -> dict[str, LoRASpec]:
         raise AdapterError(
             f"{path}: target_modules is {targets!r}, expected a list of module names: write regular expressions out."
         )
-    modules = [f"model.layers.{i}.{parent}.{name}" for i in range(num_layers) for name, parent in TARGETS.items()]
     known, wanted = {name for module in modules for name in _names(module)}, set(targets)
     for target in targets:
         if target not in known:
+            kinds = dict.fromkeys(module.rpartition(".")[2] for module in modules)
             raise AdapterError(
-                f"{path}: target_modules names {target!r}, expected modules among {', '.join(TARGETS)} of {num_layers} layers:"
-                " train the adapter on those only."
+                f"{path}: target_modules names {target!r}, expected modules among {', '.join(kinds) or 'none'}, which the"
+                f" base model's layers or {WEIGHTS_FILE} have: train the adapter on those only."
             )
     rank_stabilized = config.get("use_rslora")
     if not isinstance(rank_stabilized, bool | None):
@@ -147,16 +172,19 @@ def read_lora_specs(folder: Path, num_layers: int) -> dict[str, LoRASpec]:
     return specs
 
 
-def lora_tensor_shapes(specs: dict[str, LoRASpec], linears: dict[str, tuple[int, int]] | None) -> dict[str, Shape]:
+def lora_tensor_shapes(
+    specs: dict[str, LoRASpec], linears: dict[str, tuple[int, int]] | None, prefix: str = PREFIX
+) -> dict[str, Shape]:
     """The names that `adapter_model.safetensors` must have, with their shapes.
 
     Args:
         specs: rank of every module.
         linears: weight shape (out, in) of the base's linear layers; None: only ranks are known.
+        prefix: as `prefix_of` the names has it.
     """
     shapes: dict[str, Shape] = {}
     for module, spec in specs.items():
-        name_a, name_b = lora_names(module)
+        name_a, name_b = lora_names(module, prefix)
         out_features, in_features = None, None
         if linears is not None:
             if module not in linears:
@@ -169,7 +197,12 @@ def lora_tensor_shapes(specs: dict[str, LoRASpec], linears: dict[str, tuple[int,
 def peft_config(specs: dict[str, LoRASpec], base_name: str) -> dict[str, object]:
     """An `adapter_config.json` that PEFT and `read_lora_specs` read as `specs`."""
     first = next(iter(specs.values()))
-    targets = sorted({module.rsplit(".", 1)[1] for module in specs})
+    parts = [_MODULE.fullmatch(module) for module in specs]
+    layers = {part[2] for part in parts if part}
+    kinds = Counter((part[1], part[3]) for part in parts if part)
+    # Where layers differ, short names would stand for modules of other layers too.
+    alike = all(parts) and set(kinds.values()) == {len(layers)}
+    targets = sorted({module.rpartition(".")[2] for module in specs} if alike else specs)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -14,19 +14,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vllm_mtp.adapter import Adapter, LoRAWeights, check_base, read_adapter
+from vllm_mtp.causal_lm import attend_as_defined, unembedding
 
 
 class ReferenceModel:
     """A base model and, where there is one, its adapter.
 
     Args:
-        base: a causal LM of transformers, not changed.
+        base: a causal LM of transformers; nothing is changed but how it computes attention, where that would leave something out.
         adapter: None: plain decoding only.
     """
 
     def __init__(self, base: Any, adapter: Adapter | None = None) -> None:
+        attend_as_defined(base)
         self.base, self.adapter = base.eval(), adapter
-        self.embed, self.unembed = base.get_input_embeddings(), base.get_output_embeddings()
+        self.embed, self.unembed = base.get_input_embeddings(), unembedding(base)
         self.sampler = adapter.sampler.to(base.device, base.dtype) if adapter and adapter.sampler else None
 
     @classmethod
@@ -48,7 +50,7 @@ class ReferenceModel:
     def mask_states(self, prefix_ids: list[int], k: int) -> torch.Tensor:
         """States after the final norm of mask tokens 1..k at positions L..L+k-1 behind a prefix of L tokens, shape [k, d]."""
         adapter = self._adapter(k)
-        masks = adapter.mask_embeddings[:k].to(self.base.device, self.base.dtype)
+        masks = adapter.embeddings(self.embed, k, self.base.device).to(self.base.dtype)
         real = self.embed(torch.tensor(prefix_ids, device=self.base.device))
         with self._gated_lora(adapter, len(prefix_ids)):
             rows = torch.cat([real, masks])[None]
@@ -114,8 +116,8 @@ class ReferenceModel:
     def _adapter(self, k: int) -> Adapter:
         if self.adapter is None:
             raise ValueError("mask tokens need an adapter, and none was given")
-        if not 1 <= k <= len(self.adapter.mask_embeddings):
-            raise ValueError(f"k is {k}; the adapter has {len(self.adapter.mask_embeddings)} mask tokens")
+        if not 1 <= k <= self.adapter.config.num_mask_tokens:
+            raise ValueError(f"k is {k}; the adapter has {self.adapter.config.num_mask_tokens} mask tokens")
         return self.adapter
 
     @contextmanager
@@ -124,9 +126,9 @@ class ReferenceModel:
 
         def hook(lora: LoRAWeights) -> Callable[[nn.Module, tuple[torch.Tensor], torch.Tensor], torch.Tensor]:
             def add(_: nn.Module, args: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
-                x = args[0][:, num_real:]
+                x = args[0][..., num_real:, :]  # layers of experts drop the batch dimension
                 delta = (x @ lora.a.to(x).T) @ lora.b.to(x).T * lora.scale
-                return torch.cat([y[:, :num_real], y[:, num_real:] + delta], 1)
+                return torch.cat([y[..., :num_real, :], y[..., num_real:, :] + delta], -2)
 
             return add
 

@@ -5,13 +5,15 @@ Runs where the server's configuration is made, before any process is started or 
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
 from vllm_mtp import load
-from vllm_mtp.adapter import AdapterError, is_adapter, read_adapter, validate_folder
+from vllm_mtp.adapter import AdapterError, is_adapter, validate_folder
+from vllm_mtp.causal_lm import UnsupportedModel, check_layers
 from vllm_mtp.config import AdapterConfig, RequestOptions, ServingOptions
+from vllm_mtp.foreign import FULL, NOISE, check_foreign, kind_of, read_served
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.safe_files import one_line
 
@@ -39,7 +41,8 @@ def vllm_version() -> str:
 
 
 def asked_for(engine_args: Any) -> dict[str, Any] | None:
-    """The speculative configuration if it names an adapter of ours under method `mtp` or no method at all, else None.
+    """The speculative configuration if it names an adapter of ours, or foreign weights that we serve, under method `mtp` or no
+    method at all, else None. Where there is a `mask_token_id` and no `model`, the target is the model.
 
     Raises:
         ConfigurationError: it is for us, and says something twice.
@@ -51,7 +54,11 @@ def asked_for(engine_args: Any) -> dict[str, Any] | None:
     given = {key: value for key, value in flags.items() if value is not None}
     names = [*(key.replace("-", "_") for key in written), *given]
     asked = {**{key.replace("-", "_"): value for key, value in written.items()}, **given}
-    if asked.get("method") not in ("mtp", None) or not isinstance(asked.get("model"), str) or not is_adapter(asked["model"]):
+    if asked.get("method") not in ("mtp", None):
+        return None
+    if "mask_token_id" in asked:
+        asked.setdefault("model", engine_args.model)
+    elif not isinstance(asked.get("model"), str) or not (is_adapter(asked["model"]) or kind_of(asked["model"]) == NOISE):
         return None
     if len(names) > len(asked):
         twice = next(name for name in names if names.count(name) > 1)
@@ -72,15 +79,22 @@ def resolve(
     Raises:
         ConfigurationError, AdapterError: the adapter or an option cannot be used here.
     """
-    adapter = Path(asked["model"])
+    if not isinstance(asked["model"], str):
+        raise ConfigurationError(
+            f"model is {asked['model']!r}: give the folder of an adapter, or leave it out for the target itself"
+        )
     local = (Path(model_config.model) / "config.json").is_file()
-    config = validate_folder(adapter, model_config.model if local else model_config.hf_text_config)
+    base = model_config.model if local else model_config.hf_text_config
+    # Foreign weights have no configuration of ours, and are looked at once it is known what they are to be served with.
+    own = is_adapter(asked["model"])
+    adapter = Path(asked["model"])
+    config = validate_folder(adapter, base) if own else None
     options = {
         key: value
         for key, value in asked.items()
         if key not in ("method", "model", "target_model_config", "target_parallel_config")
     }
-    defaults = config.serving.model_dump(exclude_none=True) if config.serving else {}
+    defaults = config.serving.model_dump(exclude_none=True) if config is not None and config.serving else {}
     if not isinstance(additional, dict):
         raise ConfigurationError(f"--additional-config is {additional!r}: give an object, which our options can be put into")
     more = additional.get("mtp", {})
@@ -89,7 +103,10 @@ def resolve(
     more = dict(more)
     if more.pop("adapter", str(adapter)) != str(adapter):
         raise ConfigurationError("--additional-config names another adapter than --speculative-config: leave `mtp.adapter` out")
-    merged = {"num_speculative_tokens": config.num_mask_tokens, **defaults, **more, **options}
+    if config is not None:
+        defaults = {"num_speculative_tokens": config.num_mask_tokens, **defaults}
+    merged = {**defaults, **more, **options}
+    _check_said(merged, asked["model"], model_config.model)
     unknown = sorted(set(merged) - {"num_speculative_tokens", *OPTIONS})
     if unknown:
         raise ConfigurationError(
@@ -104,14 +121,43 @@ def resolve(
             or "speculative configuration"
         )
         raise ConfigurationError(f"{where}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})") from None
+    if config is None:
+        config = check_foreign(adapter, base, resolved.num_speculative_tokens, cast(int, resolved.mask_token_id))
     _check_servable(resolved, config, model_config, parallel_config)
     if request_loras and runs_on_v2():
         raise ConfigurationError(
             "mask-token prediction does not support request LoRA adapters (--enable-lora) on vLLM's V2 model runner yet: "
             "leave --enable-lora out, or set VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    read_adapter(adapter)  # for what only the numbers show: NaN found in a worker would be reported by a dying engine
+    read_served(resolved, base)  # for what only the numbers show: NaN found in a worker would be reported by a dying engine
     return resolved
+
+
+def _check_said(options: dict[str, Any], adapter: str, target: str) -> None:
+    """Whether what an adapter of ours says of itself, and foreign weights do not, is said once."""
+    kind = kind_of(adapter) if not is_adapter(adapter) else None
+    if is_adapter(adapter):
+        if options.get("mask_token_id") is not None:
+            raise ConfigurationError(f"{adapter} has mask embeddings of its own: leave mask_token_id out")
+        return
+    if kind != NOISE and not _same_place(adapter, target):
+        raise ConfigurationError(
+            f"{adapter} is no adapter: mask rows of a full checkpoint run on its own weights, so serve it as the model and leave "
+            "model out of --speculative-config"
+        )
+    for name, what in (
+        (
+            "mask_token_id",
+            "the token of its mask rows" if kind != NOISE else "the end of the range that its noise tokens are drawn from",
+        ),
+        ("num_speculative_tokens", "how many tokens it was trained to draft"),
+    ):
+        if options.get(name) is None:
+            raise ConfigurationError(f"{adapter} is a {kind or FULL} and does not say {what}: give {name}")
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
 
 
 def _check_servable(options: ServingOptions, config: AdapterConfig, model_config: Any, parallel_config: Any) -> None:
@@ -159,6 +205,10 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
         )
     if getattr(model_config, "is_multimodal_model", False):
         raise ConfigurationError(f"mask-token prediction does not support multimodal models yet: {model_config.model} is one")
+    try:
+        check_layers(model_config.hf_text_config, stateful=model_config.is_hybrid or model_config.is_attention_free)
+    except UnsupportedModel as error:
+        raise ConfigurationError(str(error)) from None
 
 
 def as_custom_class(options: ServingOptions) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_mtp import compiled, gated_lora, load, metrics, parallel
-from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors, read_adapter
+from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors
 from vllm_mtp.breaker import Breaker
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.cpu_attention import CpuCombAttention, kernels_load, supports
@@ -23,6 +23,7 @@ from vllm_mtp.cpu_linear import PackedSampler, with_kernels, with_packed_product
 from vllm_mtp.cpu_memory import FreedMemory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
+from vllm_mtp.foreign import read_served
 from vllm_mtp.kernels.cpu import DTYPES
 from vllm_mtp.kv_cache import with_scratch_blocks
 from vllm_mtp.layout import group_lengths
@@ -99,7 +100,7 @@ class MaskTokenTarget:
             AdapterError: the adapter does not fit the model.
             ValueError: the model or its attention backend does not support mask rows.
         """
-        adapter = read_adapter(self.options.adapter)
+        adapter = read_served(self.options, self.config.model_config.hf_text_config)
         check_base(adapter.config, self.config.model_config.hf_text_config, fingerprint_tensors(model.named_parameters()))
         dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(model.parameters()).device
         rows = gated_lora.RowSplit(self.max_rows, device, dtype)
@@ -111,8 +112,10 @@ class MaskTokenTarget:
         except ValueError as error:
             raise AdapterError(f"{self.options.adapter}: {error}") from None
         self.attention = self._mask_attention(model, rows, in_place=kernels and not keep_states)
-        embeddings = adapter.mask_embeddings[: self.k].to(device, dtype)
         request_loras = RequestLoRAs(model)
+        embed = request_loras.without(cast(Callable[[torch.Tensor], torch.Tensor], model.embed_input_ids))
+        with torch.no_grad():
+            embeddings = adapter.embeddings(embed, self.k, device).to(dtype)
         self.planner = Planner(
             self.attention,
             max_rows=self.max_rows,
@@ -269,7 +272,7 @@ class MaskTokenTarget:
             runner: vLLM's model runner, of either version.
 
         Raises:
-            ValueError: the model has attention layers of several kinds.
+            ValueError: the model has attention layers of several backends.
         """
         group = runner.attn_groups[0][0]
         if len(runner.attn_groups) != 1 or len(runner.attn_groups[0]) != 1:

@@ -307,13 +307,16 @@ def test_quantized_base_and_cache(engines: Engines, tmp_path_factory: pytest.Tem
     assert per_forward > 1.5
 
 
-@feature("sliding-window attention in all layers", "works")
+@feature(
+    "sliding-window beside full attention (Gemma 3 and the like)", "works", "all layers keep as many blocks as full attention does"
+)
 @feature("prompt embeddings (`--enable-prompt-embeds`)", "works")
 def test_sliding_window_and_prompt_embeddings(
     engines: Engines, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path_factory.mktemp("mistral")
-    base = random_model(folder / "base", model_type="mistral", sliding_window=40)
+    folder = tmp_path_factory.mktemp("gemma3")
+    layers = ["sliding_attention", "full_attention"]
+    base = random_model(folder / "base", model_type="gemma3_text", sliding_window=40, layer_types=layers, query_pre_attn_scalar=32)
     options = {"model": str(base), "enable_prompt_embeds": True, "block_size": 32}
     embeddings = torch.randn(30, 64, generator=torch.Generator().manual_seed(1)) * 0.3
     prompts = [*PROMPTS, {"prompt_embeds": embeddings}]
@@ -335,26 +338,19 @@ def test_sliding_window_and_prompt_embeddings(
     assert per_forward > 2
 
 
-@feature("sliding-window beside full attention (Gemma 3 and the like)", "refused")
-def test_hybrid_attention_is_refused(engines: Engines, tmp_path: Path) -> None:
-    base = random_model(
-        tmp_path / "base",
-        model_type="gemma3_text",
-        sliding_window=40,
-        layer_types=["sliding_attention", "full_attention"],
-        query_pre_attn_scalar=32,
-    )
-    adapter = random_adapter_for(base, tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"several (KV cache groups|attention backends)"):
-        engines(speculative(adapter, 4), model=str(base))
-
-
 # -- refused before anything is loaded ------------------------------------------------------------------------------
 
 
 def engine_config(**arguments: Any) -> Any:
     register()
     return EngineArgs(**{"model": str(demo.BASE), "speculative_config": OURS, **arguments}).create_engine_config()
+
+
+@feature("state-space and other layers that keep a state (Mamba, Jamba, Qwen3-Next)", "refused")
+def test_models_that_keep_a_state_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelConfig, "is_hybrid", True)
+    with pytest.raises(ConfigurationError, match="does not support llama models: their state-space, linear or chunked attention"):
+        engine_config()
 
 
 @feature("embedding, classification and reward models", "refused")

@@ -22,7 +22,8 @@ from vllm_mtp.adapter import (
     read_config,
     validate_folder,
 )
-from vllm_mtp.peft_format import read_lora_specs
+from vllm_mtp.peft_format import modules_in, read_lora_specs
+from vllm_mtp.safe_files import read_header
 
 LORA, MTP = "adapter_model.safetensors", "mtp.safetensors"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -217,13 +218,17 @@ def test_a_configuration_behind_a_link_is_not_read(adapter_folder: Path, base_fo
     assert is_adapter(adapter_folder)  # so that the reason is given, and not vLLM's about a model that it does not know
 
 
+def modules(folder: Path, num_layers: int) -> list[str]:
+    return modules_in(folder / LORA, read_header(folder / LORA), num_layers)
+
+
 @pytest.mark.parametrize("option", ["target_modules", "rank_pattern", "alpha_pattern"])
 def test_long_lists_are_looked_up_and_not_compared_with_every_module(option: str, adapter_folder: Path) -> None:
     names = [f"{i}.down_proj" for i in range(90_000)]
     value = ["999.mlp.down_proj"] * 90_000 if option == "target_modules" else dict.fromkeys(names, 1)
     edit_json("adapter_config.json", **{option: value})(adapter_folder)
     begin = time.monotonic()
-    specs = read_lora_specs(adapter_folder, 1000)
+    specs = read_lora_specs(adapter_folder, modules(adapter_folder, 1000))
     assert len(specs) == (1 if option == "target_modules" else 7000)
     assert time.monotonic() - begin < 2  # seconds; hundreds, if each name is held against each module
 
@@ -231,7 +236,7 @@ def test_long_lists_are_looked_up_and_not_compared_with_every_module(option: str
 def test_the_first_name_of_a_pattern_that_fits_counts(adapter_folder: Path) -> None:
     pattern = {"q_proj": 4, "model.layers.1.self_attn.q_proj": 8, "mlp.up_proj": 2, "up_proj": 16}
     edit_json("adapter_config.json", alpha_pattern=pattern, lora_alpha=1, r=2)(adapter_folder)
-    specs = read_lora_specs(adapter_folder, 3)
+    specs = read_lora_specs(adapter_folder, modules(adapter_folder, 3))
     scales = {module.rsplit(".", 2)[-1]: spec.scale for module, spec in specs.items()}
     assert scales == {"q_proj": 2, "k_proj": 0.5, "v_proj": 0.5, "o_proj": 0.5, "gate_proj": 0.5, "up_proj": 1, "down_proj": 0.5}
 

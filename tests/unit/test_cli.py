@@ -50,10 +50,10 @@ def test_inspect_shows_what_a_terminal_would_obey(adapter_folder: Path) -> None:
     assert not {"\x1b", "\u202e"} & set(result.output)
 
 
-def test_inspect_ends_with_the_reason(adapter_folder: Path, base_folder: Path) -> None:
-    result = runner.invoke(app, ["inspect", str(base_folder)])
+def test_inspect_ends_with_the_reason(adapter_folder: Path, tmp_path: Path) -> None:
+    result = runner.invoke(app, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
-    assert "it is no adapter" in result.output
+    assert "config.json is missing" in result.output
     (adapter_folder / "x.pkl").touch()
     result = runner.invoke(app, ["inspect", str(adapter_folder)])
     assert result.exit_code == 1

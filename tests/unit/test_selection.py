@@ -19,14 +19,36 @@ from vllm_mtp.safe_files import AdapterError
 from vllm_mtp.selection import ConfigurationError, _check_servable, asked_for, resolve, runs_on_v2, scheduled_rows
 from vllm_mtp.v2_config import MaskTokenSpeculativeConfig
 
+ATTENTION_ONLY = {"is_hybrid": False, "is_attention_free": False}
+
 
 def options(**chosen: Any) -> ServingOptions:
     return ServingOptions(adapter="a", num_speculative_tokens=4, **chosen)
 
 
 def check(chosen: ServingOptions) -> None:
-    model = SimpleNamespace(is_multimodal_model=False, is_moe=False, model="m")
+    model = SimpleNamespace(is_multimodal_model=False, is_moe=False, model="m", hf_text_config=None, **ATTENTION_ONLY)
     _check_servable(chosen, SimpleNamespace(num_mask_tokens=4), model, SimpleNamespace())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "facts"),
+    [
+        ("mamba", {"is_attention_free": True}),
+        ("jamba", {"is_hybrid": True}),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("llama4_text", {"layer_types": ["chunked_attention", "full_attention"]}),
+    ],
+)
+def test_models_that_keep_a_state_are_refused(model_type: str, facts: dict[str, Any]) -> None:
+    text = SimpleNamespace(model_type=model_type, layer_types=facts.get("layer_types"))
+    flags = {**ATTENTION_ONLY, **{key: value for key, value in facts.items() if key in ATTENTION_ONLY}}
+    model = SimpleNamespace(is_multimodal_model=False, is_moe=False, model="m", hf_text_config=text, **flags)
+    with pytest.raises(ConfigurationError, match=rf"does not support {model_type} models.* take a base model whose layers are"):
+        _check_servable(options(), SimpleNamespace(num_mask_tokens=4), model, SimpleNamespace())  # type: ignore[arg-type]
+    text.layer_types = ["sliding_attention", "full_attention"]
+    model.is_hybrid = model.is_attention_free = False
+    _check_servable(options(), SimpleNamespace(num_mask_tokens=4), model, SimpleNamespace())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layout", ["linear", (0, 4, 4, 4, 4), (0,) * 5])
@@ -101,7 +123,7 @@ def test_what_is_not_for_us_is_left_to_vllm(written: Any) -> None:
 
 def resolved(adapter: Path, base: Path, asked: dict[str, Any], additional: Any = None) -> ServingOptions:
     text = SimpleNamespace(to_dict=lambda: json.loads((base / "config.json").read_text()))
-    model = SimpleNamespace(model="org/base", hf_text_config=text, is_moe=False, is_multimodal_model=False)
+    model = SimpleNamespace(model="org/base", hf_text_config=text, is_moe=False, is_multimodal_model=False, **ATTENTION_ONLY)
     return resolve({"model": str(adapter), **asked}, additional or {}, model, SimpleNamespace())
 
 

@@ -112,12 +112,38 @@ def test_ranks_with_weights_in_panels(num_ranks: int, kv_heads: int, monkeypatch
     assert all(isinstance(layer.cpu_linear, PanelLinear) for layer in layers.modules() if isinstance(layer, linear.LinearBase))
 
 
-def compare(num_ranks: int, kv_heads: int, with_lora: WithLora, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Layers:
+@RANKS
+def test_ranks_split_what_the_base_itself_has_fused(num_ranks: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Layers, "packed_modules_mapping", {"qkv_proj": ["qkv_proj"], "gate_up_proj": ["gate_up_proj"]})
+    compare(num_ranks, kv_heads, with_two_products, torch.float32, monkeypatch, fused=True)
+
+
+def fuse(lora: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
+    """The LoRA of a base whose own modules are fused; parts of one module get one A."""
+    fused = dict(lora)
+    for name, parts in (("attn.qkv_proj", COLUMN_PARALLEL[:3]), ("mlp.gate_up_proj", COLUMN_PARALLEL[3:])):
+        a = lora[parts[0]].a
+        for part in parts:
+            lora[part] = LoRAWeights(a, fused.pop(part).b, 0.5)
+        fused[name] = LoRAWeights(a, torch.cat([lora[part].b for part in parts]), 0.5)
+    return fused
+
+
+def compare(
+    num_ranks: int,
+    kv_heads: int,
+    with_lora: WithLora,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fused: bool = False,
+) -> Layers:
     """Holds what the ranks compute against the product of the whole; the last rank's layers."""
     torch.manual_seed(0)
     sizes = module_sizes(kv_heads)
     base = {name: normal(*shape) for name, shape in sizes.items()}
     lora = {name: LoRAWeights(normal(4, d_in), normal(d_out, 4), 0.5) for name, (d_out, d_in) in sizes.items()}
+    installed = fuse(lora) if fused else lora
     bias, inputs = normal(D), {width: normal(ROWS, width) for width in (D, M, HEADS * HEAD)}
     reduced: list[torch.Tensor] = []
     monkeypatch.setattr(linear, "tensor_model_parallel_all_reduce", lambda y: (reduced.append(y), y)[1])
@@ -127,7 +153,7 @@ def compare(num_ranks: int, kv_heads: int, with_lora: WithLora, dtype: torch.dty
         become(rank, num_ranks, monkeypatch)
         layers = Layers(kv_heads, base, bias)
         rows = RowSplit(ROWS, torch.device("cpu"), dtype)
-        install(layers, lora, rows, with_lora)
+        install(layers, installed, rows, with_lora)
         rows.begin(REAL, ROWS)
         qkv = layers.attn.qkv_proj(inputs[D])[0].split(layers.attn.qkv_proj.output_partition_sizes, 1)
         gate_up = layers.mlp.gate_up_proj(inputs[D])[0].chunk(2, 1)

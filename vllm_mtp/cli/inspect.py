@@ -1,4 +1,4 @@
-"""`vllm-mtp inspect`: what an adapter folder holds, from its headers; no tensor is loaded."""
+"""`vllm-mtp inspect`: what an adapter folder holds, from its headers; no tensor but a model's norms is loaded."""
 
 import math
 from collections import Counter
@@ -10,9 +10,11 @@ from rich.text import Text
 
 from vllm_mtp.adapter import MTP_FILE, SAMPLER_PREFIX, AdapterError, validate_folder
 from vllm_mtp.cli.show import print_error
+from vllm_mtp.base_model import base_facts
 from vllm_mtp.config import AdapterConfig
-from vllm_mtp.peft_format import WEIGHTS_FILE, LoRASpec, read_lora_specs
-from vllm_mtp.safe_files import printable, read_header
+from vllm_mtp.foreign import FULL, NOISE, check_checkpoint, check_noise_lora, kind_of
+from vllm_mtp.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoRASpec, modules_in, read_lora_specs
+from vllm_mtp.safe_files import printable, read_header, read_json_object
 
 
 def _parts(folder: Path) -> dict[str, int]:
@@ -41,7 +43,7 @@ def _text(value: object) -> str:
 
 
 def _rows(folder: Path, config: AdapterConfig) -> list[tuple[str, str]]:
-    base, parts = config.base, _parts(folder)
+    base, parts, lora = config.base, _parts(folder), folder / WEIGHTS_FILE
     facts = f"{base.model_type}, {base.num_hidden_layers} layers of width {base.hidden_size}, {base.vocab_size} tokens"
     sampler = "none" if config.sampler is None else "with a residual" if config.sampler.residual else "without a residual"
     serving = config.serving.model_dump(exclude_none=True) if config.serving else {}
@@ -50,19 +52,53 @@ def _rows(folder: Path, config: AdapterConfig) -> list[tuple[str, str]]:
         ("base model", f"{base.name_or_path}\n{facts}\nfingerprint {base.fingerprint or 'none'}"),
         ("mask tokens", f"{config.num_mask_tokens} (the most drafts it can give)"),
         ("sampler head", sampler),
-        ("LoRA", _ranks(read_lora_specs(folder, base.num_hidden_layers))),
+        ("LoRA", _ranks(read_lora_specs(folder, modules_in(lora, read_header(lora), base.num_hidden_layers)))),
         ("parameters", "\n".join(f"{count:,} {name}" for name, count in [*parts.items(), ("together", sum(parts.values()))])),
         ("serving", ", ".join(f"{key} {value}" for key, value in serving.items()) or "the plugin's defaults"),
     ]
     return rows + [(f"training: {key}", _text(value)) for key, value in config.training.items()]
 
 
+def _foreign_rows(folder: Path, base: Path | None) -> list[tuple[str, str]]:
+    """Of weights that other projects trained: what they are, and what must be said to serve them."""
+    if kind_of(folder) == NOISE:
+        specs, _ = check_noise_lora(folder, base)
+        named = read_json_object(folder / CONFIG_FILE).get("base_model_name_or_path")
+        count = sum(math.prod(header.shape) for header in read_header(folder / WEIGHTS_FILE).values())
+        return [
+            ("kind", f"{NOISE} (UNO), as PEFT writes it; any other LoRA looks the same, and would draft badly"),
+            ("base model", f"{named or 'not said'}"),
+            (
+                "mask tokens",
+                "drawn from the vocabulary, 1 to mask_token_id - 1; not said where that ends, nor how many were trained",
+            ),
+            ("sampler head", "none"),
+            ("LoRA", _ranks(specs)),
+            ("parameters", f"{count:,} LoRA"),
+            ("serving", f'{{"method": "mtp", "model": "{folder}", "mask_token_id": .., "num_speculative_tokens": ..}}'),
+        ]
+    check_checkpoint(folder)
+    facts = base_facts(folder)
+    sizes = f"{facts.model_type}, {facts.num_hidden_layers} layers of width {facts.hidden_size}, {facts.vocab_size} tokens"
+    return [
+        (
+            "kind",
+            f"{FULL}: a model, and no adapter. It drafts for itself if it was trained to (mtp-lm), which its files do not say",
+        ),
+        ("model", f"{sizes}\nfingerprint {facts.fingerprint or 'none'}"),
+        ("mask tokens", "one token of the vocabulary for all mask rows, mask_token_id; not said which, nor how many were trained"),
+        ("sampler head", "none"),
+        ("LoRA", "none"),
+        ("serving", 'as the model, with {"method": "mtp", "mask_token_id": .., "num_speculative_tokens": ..}'),
+    ]
+
+
 def run(folder: Path, base: Path | None) -> int:
     """Print the adapter's table; the exit status: 1 when the folder is not a sound adapter, or not one for `base`."""
     console = Console(highlight=False)
     try:
-        config = validate_folder(folder, base)
-        rows = _rows(folder, config)
+        own = kind_of(folder) is None
+        rows = _rows(folder, validate_folder(folder, base)) if own else _foreign_rows(folder, base)
     except AdapterError as error:
         print_error(error)
         return 1

@@ -10,14 +10,13 @@ import copy
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from vllm_mtp.causal_lm import attend_as_defined, check_layers, linears, unembedding
 from vllm_mtp.sampler_head import SamplerHead
 from vllm_mtp.train import group_attention
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.losses import masked_losses
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -32,19 +31,24 @@ class MaskedModel(nn.Module):
     Args:
         base: a causal LM; its parameters are frozen in place and never change.
         config: options of training.
+
+    Raises:
+        UnsupportedModel: the base has layers that mask rows cannot be served with.
     """
 
     def __init__(self, base: PreTrainedModel, config: TrainConfig) -> None:
         super().__init__()
+        check_layers(base.config, stateful=base._is_stateful)
+        attend_as_defined(base)
         self.options = config
         self.base = base.requires_grad_(False).eval()
         student = shared_copy(base)
         student.set_attn_implementation(group_attention.NAME)
         lora = LoraConfig(
-            r=config.rank, lora_alpha=config.alpha or 2 * config.rank, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+            r=config.rank, lora_alpha=config.alpha or 2 * config.rank, target_modules=list(linears(student)), task_type="CAUSAL_LM"
         )
         self.student: PeftModel = get_peft_model(student, lora)  # type: ignore[assignment]
-        self.embed, self.unembed = base.get_input_embeddings(), base.get_output_embeddings()
+        self.embed, self.unembed = base.get_input_embeddings(), unembedding(base)
         width = base.config.hidden_size
         with torch.no_grad():
             spread = self.embed(torch.arange(base.config.vocab_size, device=base.device)).float().std()
@@ -82,7 +86,8 @@ class MaskedModel(nn.Module):
         """
         (B, T), G, K = input_ids.shape, prefix_lengths.shape[1], len(self.mask_embeddings)
         with torch.no_grad():
-            out = self.base.get_decoder()(input_ids=input_ids, use_cache=True)
+            # A cache of its own choosing would drop what is outside of a sliding window, which earlier groups still see.
+            out = self.base.get_decoder()(input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
         rows = self.mask_embeddings.to(out.last_hidden_state.dtype).expand(B, G, -1, -1).reshape(B, G * K, -1)
         positions = prefix_lengths[..., None] + torch.arange(K, device=input_ids.device)
         hidden = torch.arange(T, device=input_ids.device) >= prefix_lengths[..., None]

@@ -60,9 +60,6 @@ def train(config: TrainConfig) -> Path:
         attn_implementation="sdpa",
     )
     base.to(processes.device)  # type: ignore[arg-type]
-    window = getattr(base.config, "sliding_window", None)
-    if window and window < config.length + config.mask_tokens and getattr(base.config, "use_sliding_window", True):
-        raise DataError(f"length={config.length} is beyond the base's sliding window of {window} tokens: ask for a smaller length.")
     model, ends = MaskedModel(base, config), end_tokens(tokenizer, base)
     if config.init_adapter is not None:
         load_adapter(model, read_adapter(config.init_adapter))

@@ -1,0 +1,62 @@
+"""Every architecture that is supported: a tiny random model is trained by the real trainer, exported, and served beside plain
+vLLM."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.architectures import ARCHITECTURES
+from tests.unit.tiny_models import tiny_config
+from vllm_mtp import demo
+from vllm_mtp.adapter import read_adapter
+from vllm_mtp.reference import ReferenceModel
+from vllm_mtp.train.run import train
+
+
+from .conftest import Engines, speculative
+from .feature_models import random_model
+from .test_states import record_groups
+
+pytestmark = pytest.mark.engine
+
+K, STEPS, NEW_TOKENS = 3, 20, 40
+
+
+def trained(base: Path, output: Path) -> Path:
+    """An adapter for `base`, after 20 steps of training on the demo's prompts."""
+    data = output.with_suffix(".jsonl")
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in demo.prompts()[20:60]))
+    config = tiny_config(base=base, data=(data,), output=output, mask_tokens=K, length=48, steps=STEPS, learning_rate=1e-2)
+    return train(config)
+
+
+@pytest.mark.full
+@pytest.mark.feature("sliding-window attention in all layers", "works")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trained_exported_and_served_as_plain(
+    name: str, engines: Engines, prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines.close()
+    base = random_model(tmp_path / "base", **ARCHITECTURES[name].config)
+    adapter = trained(base, tmp_path / "output")
+    lora = read_adapter(adapter).lora
+    assert {module.rpartition(".")[2] for module in lora} == set(ARCHITECTURES[name].modules)
+    assert min(weights.b.abs().max().item() for weights in lora.values()) > 1e-3  # all of it was trained
+
+    options = {"model": str(base), "block_size": 32}
+    batch = prompts[:20]
+    expected = engines(**options).greedy(batch, NEW_TOKENS, ignore_eos=True)
+    engine = engines(speculative(adapter, K), **options)
+    seen = record_groups(engine, monkeypatch)
+    found = engine.greedy(batch, NEW_TOKENS, ignore_eos=True)
+    same = sum(a == b for a, b in zip(expected, found, strict=True))
+    reference = ReferenceModel.from_folder(base, adapter)
+    sample = seen[:: max(1, len(seen) // 30)]
+    differences = [(reference.mask_states(ids, len(states)) - states).abs().max().item() for ids, states in sample]
+    size = torch.stack([states.abs().max() for _, states in sample]).max().item()
+    print(f"{name}: {same} of {len(batch)} identical; largest difference {max(differences):.2g} of states up to {size:.2g}")
+    assert same == len(batch)
+    assert max(differences) < 1e-4
+    assert max(len(ids) for ids, _ in seen) > 64  # past every window
