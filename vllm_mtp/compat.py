@@ -185,6 +185,7 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             probabilistic=options.draft_sample_method == "probabilistic",
             by_confidence=options.acceptance == "confidence",
             request_loras=bool(self.enable_lora),
+            windows=on_cpu and len(set(getattr(target_model_config.hf_text_config, "layer_types", None) or ())) > 1,
         )
         for group in chosen:
             check_vllm(contract.GROUPS[group], contract.OPTIONS[group])

@@ -275,6 +275,11 @@ REQUEST_LORAS: tuple[Requirement, ...] = (
     Has("lora.layers", "LoRAMapping", "index_mapping"),
 )
 
+WINDOWS_BESIDE_FULL_ATTENTION: tuple[Requirement, ...] = (
+    # One KV cache group then holds both kinds of layers, and the metadata that they share must not assume a window.
+    Has("v1.attention.backends.cpu_attn", "CPUAttentionMetadataBuilder", "_group_sliding_window"),
+)
+
 COMMANDS: tuple[Requirement, ...] = (
     Imported("", "LLM SamplingParams"),
     Imported("sampling_params", "RequestOutputKind"),
@@ -295,6 +300,7 @@ GROUPS: dict[str, tuple[Requirement, ...]] = {
     "V2 runner": V2_RUNNER,
     "probabilistic drafts on the V2 runner": V2_PROBABILISTIC_DRAFTS,
     "request LoRA adapters": REQUEST_LORAS,
+    "sliding windows beside full attention on CPUs": WINDOWS_BESIDE_FULL_ATTENTION,
     "commands": COMMANDS,
 }
 
@@ -303,6 +309,7 @@ OPTIONS = {
     "acceptance by confidence on the V1 runner": '"acceptance": "confidence"',
     "probabilistic drafts on the V2 runner": '"draft_sample_method": "probabilistic"',
     "request LoRA adapters": "--enable-lora",
+    "sliding windows beside full attention on CPUs": "--speculative-config for a model with sliding-window and full attention",
 }
 """Groups that only an option needs, and the option, which is refused where they are not met."""
 
@@ -327,7 +334,7 @@ def needed(*, on_v2: bool, on_cpu: bool) -> Iterator[Requirement]:
         yield from V1_RUNNER_ON_CPUS
 
 
-def options(*, on_v2: bool, probabilistic: bool, by_confidence: bool, request_loras: bool) -> Iterator[str]:
+def options(*, on_v2: bool, probabilistic: bool, by_confidence: bool, request_loras: bool, windows: bool = False) -> Iterator[str]:
     """Which of `OPTIONS` a server relies on.
 
     Args:
@@ -335,6 +342,7 @@ def options(*, on_v2: bool, probabilistic: bool, by_confidence: bool, request_lo
         probabilistic: whether drafts are drawn.
         by_confidence: whether drafts may be accepted by confidence.
         request_loras: whether requests may name LoRA adapters.
+        windows: whether it runs on a CPU, and some layers of the model have a sliding window and others full attention.
     """
     runner = "V2" if on_v2 else "V1"
     if probabilistic:
@@ -343,6 +351,8 @@ def options(*, on_v2: bool, probabilistic: bool, by_confidence: bool, request_lo
         yield "acceptance by confidence on the V1 runner"
     if request_loras:
         yield "request LoRA adapters"
+    if windows:
+        yield "sliding windows beside full attention on CPUs"
 
 
 def of_hook(name: str) -> Replaced:

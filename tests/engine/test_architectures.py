@@ -9,8 +9,9 @@ import torch
 
 from tests.architectures import ARCHITECTURES
 from tests.unit.tiny_models import tiny_config
-from vllm_mtp import demo
+from vllm_mtp import demo, target
 from vllm_mtp.adapter import read_adapter
+from vllm_mtp.mask_attention import ForkedSequences
 from vllm_mtp.reference import ReferenceModel
 from vllm_mtp.train.run import train
 
@@ -34,11 +35,14 @@ def trained(base: Path, output: Path) -> Path:
 
 @pytest.mark.full
 @pytest.mark.feature("sliding-window attention in all layers", "works")
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "forked"), [*((name, False) for name in ARCHITECTURES), ("gemma2", True), ("gemma3", True)])
 def test_trained_exported_and_served_as_plain(
-    name: str, engines: Engines, prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, forked: bool, engines: Engines, prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`forked`: without our kernel for CPUs, as on other processors."""
     engines.close()
+    if forked:
+        monkeypatch.setattr(target, "kernels_load", lambda: False)
     base = random_model(tmp_path / "base", **ARCHITECTURES[name].config)
     adapter = trained(base, tmp_path / "output")
     lora = read_adapter(adapter).lora
@@ -49,6 +53,7 @@ def test_trained_exported_and_served_as_plain(
     batch = prompts[:20]
     expected = engines(**options).greedy(batch, NEW_TOKENS, ignore_eos=True)
     engine = engines(speculative(adapter, K), **options)
+    assert isinstance(engine.proposer.attention, ForkedSequences) is forked
     seen = record_groups(engine, monkeypatch)
     found = engine.greedy(batch, NEW_TOKENS, ignore_eos=True)
     same = sum(a == b for a, b in zip(expected, found, strict=True))

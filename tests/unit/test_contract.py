@@ -321,7 +321,7 @@ def test_every_option_is_a_group_that_needs_more_than_a_server_without_it() -> N
     chosen = {
         group
         for on_v2 in (False, True)
-        for group in contract.options(on_v2=on_v2, probabilistic=True, by_confidence=True, request_loras=True)
+        for group in contract.options(on_v2=on_v2, probabilistic=True, by_confidence=True, request_loras=True, windows=True)
     }
     assert chosen == set(contract.OPTIONS)
     assert not list(contract.options(on_v2=True, probabilistic=False, by_confidence=False, request_loras=False))
