@@ -347,10 +347,12 @@ def engine_config(**arguments: Any) -> Any:
 
 
 @feature("state-space and other layers that keep a state (Mamba, Jamba, Qwen3-Next)", "refused")
-def test_models_that_keep_a_state_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ModelConfig, "is_hybrid", True)
-    with pytest.raises(ConfigurationError, match="does not support llama models: their state-space, linear or chunked attention"):
-        engine_config()
+@pytest.mark.parametrize("model_type", ["mamba", "qwen3_next"])
+def test_models_that_keep_a_state_are_refused(model_type: str, tmp_path: Path) -> None:
+    base = random_model(tmp_path / "base", model_type=model_type)
+    adapter = random_adapter_for(base, tmp_path / "adapter")
+    with pytest.raises(ConfigurationError, match=f"does not support {model_type} models.* keep a state of the request"):
+        engine_config(model=str(base), speculative_config=speculative(adapter, 4))
 
 
 @feature("embedding, classification and reward models", "refused")

@@ -1,14 +1,18 @@
 """What is found in models of every architecture, and training on them against one naive forward for every prefix."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
 from tests.architectures import ARCHITECTURES
-from tests.unit.tiny_models import as_adapter, tiny_config, tiny_masked_model
+from tests.unit.tiny_models import as_adapter, save_tiny_base, tiny_config, tiny_masked_model
 from vllm_mtp.base_model import linear_shapes
 from vllm_mtp.causal_lm import UnsupportedModel, linears, unembedding
+from vllm_mtp.cli.main import app
 from vllm_mtp.reference import ReferenceModel
 from vllm_mtp.train.model import MaskedModel
 
@@ -79,6 +83,17 @@ def test_a_window_and_a_cap_of_scores_are_felt() -> None:
         states.append(model.states(ids, prefixes)[1])
     assert (states[1] - states[0]).abs().max() > 0.01
     assert (states[2] - states[0]).abs().max() > 0.01
+
+
+def test_the_command_refuses_a_model_that_keeps_a_state(tmp_path: Path) -> None:
+    save_tiny_base(tmp_path)
+    config = AutoConfig.for_model("mamba", vocab_size=258, hidden_size=16, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("a text " * 100)
+    arguments = ["--base", str(tmp_path), "--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "output")]
+    result = CliRunner().invoke(app, ["train", *arguments, "--on-policy", "0"])
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith("error: mask-token prediction does not support mamba models")
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "jamba", "qwen3_next"])

@@ -57,7 +57,6 @@ def train(config: TrainConfig) -> Path:
     base = AutoModelForCausalLM.from_pretrained(
         config.base,
         dtype=torch.bfloat16 if cuda and config.bf16 else torch.float32,
-        attn_implementation="sdpa",
     )
     base.to(processes.device)  # type: ignore[arg-type]
     model, ends = MaskedModel(base, config), end_tokens(tokenizer, base)
