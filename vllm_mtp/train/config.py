@@ -47,7 +47,7 @@ class TrainConfig(StrictModel):
     mask_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)] = 8
     """k, the most drafts that the adapter can give."""
     rank: Positive = 32
-    """LoRA's rank, on all seven linear layers."""
+    """LoRA's rank, on every linear layer that `causal_lm.linears` finds."""
     alpha: Positive | None = None
     """LoRA's alpha; twice the rank by default."""
     train_mask_embeddings: bool = True
