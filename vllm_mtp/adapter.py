@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from vllm_mtp.base_model import base_facts, check_facts, fingerprint_folder, fingerprint_tensors, linear_shapes
 from vllm_mtp.config import AdapterConfig
 from vllm_mtp.peft_format import CONFIG_FILE as PEFT_CONFIG_FILE
-from vllm_mtp.peft_format import WEIGHTS_FILE as PEFT_WEIGHTS_FILE
 from vllm_mtp.peft_format import PREFIX, LoRASpec, lora_names, lora_tensor_shapes, modules_in, peft_config, read_lora_specs
+from vllm_mtp.peft_format import WEIGHTS_FILE as PEFT_WEIGHTS_FILE
 from vllm_mtp.safe_files import AdapterError, Shape, check_folder, check_tensors, load_tensors, read_header, read_json_object
 from vllm_mtp.sampler_head import SamplerHead
 from vllm_mtp.whole_files import reason

@@ -15,7 +15,6 @@ from vllm_mtp.mask_attention import ForkedSequences
 from vllm_mtp.reference import ReferenceModel
 from vllm_mtp.train.run import train
 
-
 from .conftest import Engines, speculative
 from .feature_models import random_model
 from .test_states import record_groups

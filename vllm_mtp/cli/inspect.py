@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_mtp.adapter import MTP_FILE, SAMPLER_PREFIX, AdapterError, validate_folder
-from vllm_mtp.cli.show import print_error
 from vllm_mtp.base_model import base_facts
+from vllm_mtp.cli.show import print_error
 from vllm_mtp.config import AdapterConfig
 from vllm_mtp.foreign import FULL, NOISE, check_checkpoint, check_noise_lora, kind_of
 from vllm_mtp.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoRASpec, modules_in, read_lora_specs

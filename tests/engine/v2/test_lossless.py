@@ -8,8 +8,11 @@ import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
+from tests.architectures import ARCHITECTURES
 from tests.engine import test_lossless_sampled as sampled
 from tests.engine.conftest import Engine, Engines, speculative
+from tests.engine.feature_models import random_adapter_for, random_model
+from tests.foreign_models import noise_lora
 from vllm_mtp import demo
 from vllm_mtp.runner.v2 import MaskTokenSpeculator
 
@@ -115,3 +118,21 @@ def test_sampled_tokens_have_plains_distribution(engines: Engines, prompts: list
     assert values["ours"] > 1e-3
     assert values["ours, probabilistic drafts"] > 1e-3
     assert values["cooler"] < 1e-3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "phi3", "qwen3_moe"])
+def test_other_architectures(engines: Engines, prompts: list[str], tmp_path: Path, name: str) -> None:
+    base = random_model(tmp_path / "base", **ARCHITECTURES[name].config)
+    expected = engines(model=str(base), **SMALL).greedy(prompts[:4], 16, ignore_eos=True)
+    adapter = random_adapter_for(base, tmp_path / "adapter")
+    engine = speculating(engines, speculative(adapter, 2), model=str(base))
+    assert engine.greedy(prompts[:4], 16, ignore_eos=True) == expected
+
+
+@pytest.mark.full
+def test_foreign_weights(engines: Engines, prompts: list[str], plain: Plain, tmp_path: Path) -> None:
+    expected = plain(4, 24)
+    adapter = noise_lora(demo.BASE, tmp_path / "uno")
+    engine = speculating(engines, speculative(adapter, 2, mask_token_id=2048))
+    assert engine.greedy(prompts[:4], 24) == expected
