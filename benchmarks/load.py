@@ -28,8 +28,8 @@ from typing import Any
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from vllm_mtp import demo
-from vllm_mtp.cli.engine import EngineProcess, Generation
-from vllm_mtp.cli.measure import compare, machine
+from vllm_mtp.cli.engine import EngineProcess
+from vllm_mtp.cli.measure import compare, in_turns, machine
 from vllm_mtp.whole_files import write_whole
 
 K = 4
@@ -82,12 +82,15 @@ def by_clients(plain: EngineProcess, auto: EngineProcess, options: argparse.Name
 
 def over_the_ramp(engines: dict[str, EngineProcess], options: argparse.Namespace) -> list[dict[str, Any]]:
     prompts, limits = ramp()
-    runs: dict[str, list[Generation]] = {name: [] for name in engines}
-    for number in range(options.rounds + 1):
-        for name, engine in engines.items():
-            runs[name].append(engine.generate(prompts, max_tokens=options.max_tokens // 2, concurrency=limits))
-        say(f"ramp: {'warm-up' if number == 0 else f'round {number} of {options.rounds}'}")
-    counted = {name: [run.seconds for run in of_engine[1:]] for name, of_engine in runs.items()}
+    runs = in_turns(
+        engines,
+        prompts,
+        concurrency=limits,
+        max_tokens=options.max_tokens // 2,
+        rounds=options.rounds,
+        progress=lambda round_: say(f"ramp: {round_}"),
+    )
+    counted = {name: [run.seconds for run in of_engine] for name, of_engine in runs.items()}
     return [
         {
             "layout": name,

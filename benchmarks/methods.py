@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mtp import demo
-from vllm_mtp.cli.engine import EngineProcess, Generation
-from vllm_mtp.cli.measure import Comparison, machine
+from vllm_mtp.cli.engine import EngineProcess
+from vllm_mtp.cli.measure import Comparison, in_turns, machine
 
 PLAIN = "plain vLLM"
 
@@ -33,12 +33,12 @@ def measure(
     engines: dict[str, EngineProcess], prompts: list[str], concurrency: int, options: argparse.Namespace
 ) -> dict[str, Comparison]:
     """Each method but plain decoding against that, over `options.rounds` rounds in which all run in turns."""
-    runs: dict[str, list[Generation]] = {name: [] for name in engines}
-    for number in range(options.rounds + 1):
-        for name, engine in engines.items():
-            runs[name].append(engine.generate(prompts, max_tokens=options.max_tokens, concurrency=concurrency))
-        print(f"{concurrency} clients: round {number} of {options.rounds}", file=sys.stderr, flush=True)
-    return {name: Comparison(concurrency, runs[PLAIN][1:], runs[name][1:]) for name in engines if name != PLAIN}
+
+    def say(round_: str) -> None:
+        print(f"{concurrency} clients: {round_}", file=sys.stderr, flush=True)
+
+    runs = in_turns(engines, prompts, concurrency=concurrency, max_tokens=options.max_tokens, rounds=options.rounds, progress=say)
+    return {name: Comparison(concurrency, runs[PLAIN], runs[name]) for name in engines if name != PLAIN}
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,12 +62,33 @@ def compare(
     progress: Callable[[str], None],
 ) -> Comparison:
     """`rounds` pairs of runs, plain and ours in turns, after one of each that is not counted."""
-    runs: dict[str, list[Generation]] = {"plain": [], "ours": []}
+
+    def say(round_: str) -> None:
+        progress(f"concurrency {concurrency}: {round_}")
+
+    engines = {"plain": plain, "ours": ours}
+    runs = in_turns(engines, prompts, concurrency=concurrency, max_tokens=max_tokens, rounds=rounds, progress=say)
+    return Comparison(concurrency, runs["plain"], runs["ours"])
+
+
+def in_turns(
+    engines: Mapping[str, EngineProcess],
+    prompts: Sequence[str],
+    *,
+    concurrency: int | list[int],
+    max_tokens: int,
+    rounds: int,
+    progress: Callable[[str], None],
+) -> dict[str, list[Generation]]:
+    """`rounds` runs of each engine, in rounds of one run each, after a round that is not counted."""
+    runs: dict[str, list[Generation]] = {name: [] for name in engines}
     for number in range(rounds + 1):
-        for name, engine in (("plain", plain), ("ours", ours)):
-            runs[name].append(engine.generate(prompts, max_tokens=max_tokens, concurrency=concurrency))
-        progress(f"concurrency {concurrency}: {'warm-up' if number == 0 else f'pair {number} of {rounds}'}")
-    return Comparison(concurrency, runs["plain"][1:], runs["ours"][1:])
+        for name, engine in engines.items():
+            run = engine.generate(prompts, max_tokens=max_tokens, concurrency=concurrency)
+            if number:
+                runs[name].append(run)
+        progress(f"round {number} of {rounds}" if number else "warm-up")
+    return runs
 
 
 def machine() -> dict[str, Any]:
