@@ -128,6 +128,7 @@ ON_CPUS: tuple[Requirement, ...] = (
     Imported("v1.attention.backends.cpu_attn", "_get_attn_isa"),
     Has("v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl", "attn_type alibi_slopes sinks head_size kv_cache_dtype scale"),
     Has("v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl", "sliding_window logits_soft_cap"),
+    Has("v1.attention.backends.cpu_attn", "CPUAttentionMetadata", "query_start_loc seq_lens max_query_len causal block_table"),
     Called(
         "v1.attention.backends.cpu_attn",
         "CPUAttentionBackendImpl.forward",
@@ -176,13 +177,17 @@ V1_RUNNER: tuple[Requirement, ...] = (
     Has("sampling_params", "SamplingParams", "max_tokens"),
 )
 
-V1_RUNNER_ON_CPUS: tuple[Requirement, ...] = (
-    CallsUs("v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "load_model", "model"),
+VERIFICATION: tuple[Requirement, ...] = (
     Imported("v1.sample", "rejection_sampler"),
-    Replaced("v1.sample.rejection_sampler", "expand_batch_to_tokens", "x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0"),
-    # Verification of greedy steps.
     Has(V1, "GPUModelRunner", "rejection_sampler"),
     Replaced("v1.sample.rejection_sampler", "RejectionSampler.forward", "self, metadata, draft_probs, logits, sampling_metadata"),
+)
+
+V1_RUNNER_ON_CPUS: tuple[Requirement, ...] = (
+    CallsUs("v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "load_model", "model"),
+    *VERIFICATION,
+    Replaced("v1.sample.rejection_sampler", "expand_batch_to_tokens", "x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0"),
+    # Verification of greedy steps.
     Has("v1.sample.rejection_sampler", "RejectionSampler", "synthetic_mode"),
     Has("v1.spec_decode.metadata", "SpecDecodeMetadata", "draft_token_ids num_draft_tokens"),
     Has("v1.sample.metadata", "SamplingMetadata", "max_num_logprobs no_penalties allowed_token_ids_mask bad_words_token_ids"),
@@ -197,9 +202,7 @@ V1_RUNNER_ON_CPUS: tuple[Requirement, ...] = (
 )
 
 V1_CONFIDENCE: tuple[Requirement, ...] = (
-    Imported("v1.sample", "rejection_sampler"),
-    Has(V1, "GPUModelRunner", "rejection_sampler"),
-    Replaced("v1.sample.rejection_sampler", "RejectionSampler.forward", "self, metadata, draft_probs, logits, sampling_metadata"),
+    *VERIFICATION,
     Replaced(
         "v1.sample.rejection_sampler",
         "rejection_sample",
