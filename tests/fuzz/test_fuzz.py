@@ -30,6 +30,11 @@ def test_fuzzed_options_are_served_as_written_or_refused_by_name() -> None:
     passed(options.fuzz(range(250), seed=0), 250)
 
 
+@pytest.mark.parametrize("case", [455, 14415])
+def test_the_largest_tau_is_served_as_written(case: int) -> None:
+    passed(options.fuzz(range(case, case + 1), seed=2), 1)
+
+
 @pytest.mark.full
 def test_twenty_thousand_adapters() -> None:
     passed(adapters.fuzz(range(20_000), seed=1), 20_000)
