@@ -25,22 +25,30 @@ class Hang(BaseException):
     """A case took longer than it may. No subclass of Exception: nothing may take it for an error of its own."""
 
 
+PATIENCE = 10.0
+"""Times as long by the clock as in processor time: a machine may be busy with other things."""
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises Hang in the block after `seconds`; code that does not come back even then ends the process with its stack."""
+    """Raises Hang in the block after `seconds` of processor time, and where it waits and computes nothing, after PATIENCE times as
+    many by the clock; code that does not come back even then ends the process with its stack."""
 
     def stop(*_: object) -> None:
         raise Hang(f"still running after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(max(60.0, 10 * seconds), exit=True, file=sys.__stderr__)
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, seconds), (signal.ITIMER_REAL, signal.SIGALRM, PATIENCE * seconds))
+    before = [signal.signal(number, stop) for _, number, _ in timers]
+    for timer, _, after in timers:
+        signal.setitimer(timer, after)
+    faulthandler.dump_traceback_later(max(60.0, 2 * PATIENCE * seconds), exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (timer, number, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 def reset_peak() -> float:
@@ -73,6 +81,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     seconds: float = 0.0
     slowest: float = 0.0
+    """Most seconds of processor time that a case took."""
     grown: float = 0.0
     """Most megabytes that a case took."""
 
@@ -104,13 +113,13 @@ def run(
 
     Args:
         case: number -> kind and outcome; raises Violation, or whatever it was not prepared for, with the kind in `kind`.
-        limit: seconds that a case may take.
+        limit: seconds of processor time that a case may take.
         megabytes: memory that a case may take beyond what the process has before it; None: without a limit.
         progress: show a bar on standard error.
     """
     report, begin = Report(), time.monotonic()
     for number in track(cases, "cases", disable=not progress):
-        started, before = time.monotonic(), reset_peak()
+        started, before = time.process_time(), reset_peak()
         try:
             with time_limit(limit):
                 kind, outcome = case(number)
@@ -125,7 +134,7 @@ def run(
             detail = "".join(traceback.format_exception(error)[-3:])
             report.findings.append(Finding(number, kind, f"{type(error).__name__}: {str(error)[:300]}", detail[-2000:]))
         report.add(kind, outcome)
-        report.slowest = max(report.slowest, time.monotonic() - started)
+        report.slowest = max(report.slowest, time.process_time() - started)
     report.seconds = time.monotonic() - begin
     return report
 
