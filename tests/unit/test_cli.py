@@ -15,6 +15,8 @@ from vllm_mtp.cli.main import app
 from vllm_mtp.cli.measure import Comparison, compare, machine
 from vllm_mtp.cli.show import coloured, print_completion
 
+from .turns import TimedEngine
+
 runner = CliRunner()
 
 
@@ -97,16 +99,7 @@ def test_tokens_per_forward_counts_the_forward_that_ends_the_prompt() -> None:
 
 def test_runs_are_made_in_turns_and_ratios_are_of_neighbours() -> None:
     order: list[str] = []
-
-    class Engine:
-        def __init__(self, name: str, seconds: list[float]) -> None:
-            self.name, self.seconds = name, iter(seconds)
-
-        def generate(self, prompts: list[str], **_: object) -> Generation:
-            order.append(self.name)
-            return Generation(next(self.seconds), 4, [output(1, 3) for _ in prompts])
-
-    plain, ours = Engine("plain", [9, 2, 4, 2]), Engine("ours", [9, 1, 1, 2])
+    plain, ours = TimedEngine("plain", [9, 2, 4, 2], order, output(1, 3)), TimedEngine("ours", [9, 1, 1, 2], order, output(1, 3))
     comparison = compare(plain, ours, ["a", "b"], concurrency=1, max_tokens=4, rounds=3, progress=lambda _: None)  # type: ignore[arg-type]
     assert order == ["plain", "ours"] * 4
     figures = comparison.figures()

@@ -4,8 +4,10 @@ from argparse import Namespace
 from typing import Any
 
 from benchmarks.methods import PLAIN, measure, methods
-from vllm_mtp.cli.engine import Generation, Output
+from vllm_mtp.cli.engine import Output
 from vllm_mtp.selection import OPTIONS
+
+from .turns import TimedEngine
 
 
 def test_all_methods_draft_alike_and_ours_with_options_that_there_are() -> None:
@@ -19,20 +21,9 @@ def test_all_methods_draft_alike_and_ours_with_options_that_there_are() -> None:
 
 def test_methods_run_in_turns_and_are_compared_with_plain_of_their_round() -> None:
     order: list[str] = []
-
-    class Engine:
-        def __init__(self, name: str, seconds: list[float]) -> None:
-            self.name, self.seconds = name, iter(seconds)
-
-        def generate(self, prompts: list[str], **_: object) -> Generation:
-            order.append(self.name)
-            return Generation(next(self.seconds), 4, [Output([1, 2], [1, 1], ["a", "b"]) for _ in prompts])
-
-    engines: Any = {
-        PLAIN: Engine(PLAIN, [9, 2, 4]),
-        "n-gram": Engine("n-gram", [9, 1, 1]),
-        "vllm-mtp": Engine("vllm-mtp", [9, 2, 1]),
-    }
+    seconds = {PLAIN: [9, 2, 4], "n-gram": [9, 1, 1], "vllm-mtp": [9, 2, 1]}
+    output = Output([1, 2], [1, 1], ["a", "b"])
+    engines: Any = {name: TimedEngine(name, of_engine, order, output) for name, of_engine in seconds.items()}
     found = measure(engines, ["x"], 1, Namespace(rounds=2, max_tokens=2))
     assert order == [PLAIN, "n-gram", "vllm-mtp"] * 3
     assert {name: comparison.ratios for name, comparison in found.items()} == {"n-gram": [2, 4], "vllm-mtp": [1, 4]}
