@@ -4,10 +4,8 @@ Two ranks a machine of two cores, one thread each; they import vLLM anew, which 
 """
 
 import asyncio
-import json
 import os
 import random
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,11 +18,13 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.reader import get_metrics_snapshot
 
+from tests.architectures import ARCHITECTURES
 from vllm_mtp import demo
 from vllm_mtp.plugin import register
 from vllm_mtp.selection import ConfigurationError
 
 from .conftest import CACHE_BYTES, Engine, Engines, speculative
+from .feature_models import random_adapter_for, random_model
 from .test_failures import failing
 
 Plain = Callable[[int, int], list[list[int]]]
@@ -162,15 +162,9 @@ def test_two_data_parallel_ranks_answer_as_plain_vllm_idle_or_busy(engines: Engi
 
 @pytest.fixture
 def experts(tmp_path: Path) -> tuple[Path, Path]:
-    """A mixture of experts and an adapter that fits it, as far as configurations tell."""
-    base, adapter = Path(shutil.copytree(demo.BASE, tmp_path / "base")), Path(shutil.copytree(demo.ADAPTER, tmp_path / "adapter"))
-    config = json.loads((base / "config.json").read_text())
-    config |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
-    (base / "config.json").write_text(json.dumps(config))
-    facts = json.loads((adapter / "config.json").read_text())
-    facts["base"]["model_type"] = "qwen3_moe"
-    (adapter / "config.json").write_text(json.dumps(facts))
-    return base, adapter
+    """A mixture of experts and an adapter for it."""
+    base = random_model(tmp_path / "base", **ARCHITECTURES["qwen3_moe"].config)
+    return base, random_adapter_for(base, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
