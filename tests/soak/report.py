@@ -50,7 +50,8 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
     """The figures, and the bars that were missed by name.
 
     Memory at the start is the median over ten minutes after the warm-up, at the end over the last ten; acceptance is that of the
-    first and of the last ten minutes of traffic. Shorter runs have windows of a third of the run.
+    first and of the last ten minutes of traffic. Shorter runs have windows of a third of the run. Freed memory is kept, and handed
+    back once it is too much (`vllm_mtp.cpu_memory`), so memory goes up and down: its lowest is what is in use.
     """
     samples, total = found["samples"], found["samples"][-1]["at"] / 60
     total = min(total, found["minutes"])
@@ -58,6 +59,10 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
     after = min(found["warm_up"], total - 2 * window)
     spans = {"start": (after, after + window), "end": (total - window, total)}
     memory = {name: _memory(_between(samples, *span)) for name, span in spans.items()}
+    ends = {
+        word: {name: pick(sample["pss"] for sample in _between(samples, *span)) for name, span in spans.items()}
+        for word, pick in (("lowest", min), ("highest", max))
+    }
     rest = _between(samples, after, total)
     slope = float(np.polyfit([s["at"] / 3600 for s in rest], [s["pss"] for s in rest], 1)[0]) if len(rest) > 2 else 0.0
     accepted = [acceptance(_between(samples, *span)) for span in ((0, window), (total - window, total))]
@@ -88,7 +93,7 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
         "compared_with_plain": found["compared"],
         "differing": found["differing"],
         "window_minutes": window,
-        "memory_mib": {**memory, "change": memory["end"] / memory["start"] - 1, "slope_mib_per_hour": slope},
+        "memory_mib": {**memory, **ends, "change": memory["end"] / memory["start"] - 1, "slope_mib_per_hour": slope},
         "acceptance": {
             "first": accepted[0],
             "last": accepted[1],
