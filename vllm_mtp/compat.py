@@ -46,8 +46,8 @@ V2 runner, when selected, in every process that holds the configuration:
     The adapter goes into the loaded model: only speculators with a draft model are handed the target. Until all are.
 
 On instances of the engine that selected us, where they belong: the target's `forward` (`expansion`), its linear layers' `apply`
-(`gated_lora`), its attention layers' methods and their implementations' (`mask_attention`, `cpu_attention`), and on CPUs the V1
-runner's `rejection_sampler.forward` (`verifier`).
+(`gated_lora`), its attention layers' methods and their implementations' (`mask_attention`, `cpu_attention`), and the V1 runner's
+`rejection_sampler.forward`, on CPUs and for acceptance by confidence (`verifier`).
 
 All wrappers are idempotent and hand through whatever is not ours.
 """

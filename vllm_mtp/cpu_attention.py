@@ -62,6 +62,8 @@ def supports(layer: Any, dtype: torch.dtype, block_size: int) -> bool:
 
 _Plan = tuple[tuple[torch.Tensor, ...], torch.Tensor, int]
 """Prefix lengths and starts of groups as the kernel takes them, the block table, and the number of real rows."""
+_RealRows = tuple[torch.Tensor, torch.Tensor]
+"""First row and tokens of each request, [R + 1] and [R]."""
 
 _numbers = itertools.count()
 _layers: weakref.WeakValueDictionary[int, "_Layer"] = weakref.WeakValueDictionary()
@@ -97,7 +99,7 @@ class _Layer:
         if metadata is None:  # a warm-up run
             return output
         groups, table, num_real = self.attention.step or (_NO_GROUPS, metadata.block_table, query.shape[0])
-        real = _real_rows(metadata, query, key.shape[1])
+        real = self.attention.real_rows(metadata, query.dtype, key.shape[1])
         if real is None:
             self.attend(layer, query, key, value, kv_cache, metadata, output=output)
         if real is not None or self.attention.step is not None:
@@ -108,22 +110,6 @@ class _Layer:
 
 
 _NO_GROUPS = (torch.empty(0, dtype=torch.long),) * 4
-
-
-def _real_rows(metadata: Any, query: torch.Tensor, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """First rows and tokens of the requests whose rows our kernel serves, [R + 1] and [R]; None where vLLM's is to serve them.
-
-    Ours shares the work out by request and KV head, vLLM's can split the tokens of one request too.
-    """
-    requests = metadata.seq_lens.shape[0]
-    if (
-        query.dtype != torch.bfloat16
-        or metadata.max_query_len > MOST_ROWS
-        or requests * num_kv_heads < torch.get_num_threads()
-        or not metadata.causal
-    ):
-        return None
-    return metadata.query_start_loc, metadata.seq_lens
 
 
 def _expanded_attention_(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, number: int) -> None:
@@ -160,6 +146,8 @@ class CpuCombAttention:
         self.in_our_graph = in_our_graph
         self.step: _Plan | None = None
         self.context: Any = None
+        self.metadata: Any = None
+        self.real: _RealRows | None = None
 
     @staticmethod
     def blocks_per_group(k: int, block_size: int) -> int:
@@ -172,6 +160,25 @@ class CpuCombAttention:
     def plan(self, groups: Groups, prefix_len: torch.Tensor, step: EngineStep, block_size: int, scratch: int) -> _Plan:
         starts = prefix_len, groups.start, groups.group_of_row, groups.request_start
         return starts, step.block_table, groups.num_real
+
+    def real_rows(self, metadata: Any, dtype: torch.dtype, num_kv_heads: int) -> _RealRows | None:
+        """Which real rows our kernel serves; None where vLLM's is to serve them. The same in every layer of a step.
+
+        Ours shares the work out by request and KV head, vLLM's can split the tokens of one request too.
+
+        Args:
+            metadata: vLLM's, of the step.
+            dtype, num_kv_heads: of a layer.
+        """
+        if metadata is not self.metadata:
+            ours = (
+                dtype == torch.bfloat16
+                and metadata.causal
+                and metadata.max_query_len <= MOST_ROWS
+                and metadata.seq_lens.shape[0] * num_kv_heads >= torch.get_num_threads()
+            )
+            self.metadata, self.real = metadata, (metadata.query_start_loc, metadata.seq_lens) if ours else None
+        return self.real
 
     def prepare(self, planned: Any) -> None:
         """Nothing to do."""

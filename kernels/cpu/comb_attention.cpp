@@ -133,7 +133,7 @@ struct Work {
   }
 };
 
-// The groups of mask rows, as `comb_attention_cpu_` takes them; row_start undefined: there are none.
+// The groups of mask rows, as `comb_attention_cpu_` takes them; row_start empty: there are none.
 struct Groups {
   const at::Tensor &prefix_len, &group_start, &group_of_row, &row_start;
 };

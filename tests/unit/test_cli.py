@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_mtp.cli.engine import EngineError, EngineProcess, Generation, Output, tokens_per_forward
+from vllm_mtp.cli.engine import EngineError, EngineProcess, Generation
 from vllm_mtp.cli.main import app
 from vllm_mtp.cli.measure import Comparison, compare, machine
 from vllm_mtp.cli.show import coloured, print_completion
+from vllm_mtp.outputs import Output, tokens_per_forward
 
 from .turns import TimedEngine
 

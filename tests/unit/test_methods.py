@@ -4,7 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from benchmarks.methods import PLAIN, measure, methods
-from vllm_mtp.cli.engine import Output
+from vllm_mtp.outputs import Output
 from vllm_mtp.selection import OPTIONS
 
 from .turns import TimedEngine

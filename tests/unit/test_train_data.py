@@ -172,9 +172,9 @@ def test_prompts_of_an_evaluation_are_beginnings_of_texts_and_first_questions() 
 def test_end_tokens_are_the_tokenizers_and_those_of_the_bases_settings() -> None:
     base = tiny_base()
     base.generation_config.eos_token_id = [7, 1]
-    assert end_tokens(tiny_tokenizer(), base) == (1, 7)
+    assert end_tokens(tiny_tokenizer(), base.generation_config) == (1, 7)
     base.generation_config.eos_token_id = None
-    assert end_tokens(tiny_tokenizer(), base) == (1,)
+    assert end_tokens(tiny_tokenizer(), base.generation_config) == (1,)
 
 
 # -- sequences ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from vllm_mtp.cli.engine import Generation, Output
+from vllm_mtp.cli.engine import Generation
+from vllm_mtp.outputs import Output
 
 
 class TimedEngine:

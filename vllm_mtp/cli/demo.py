@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_mtp.cli.engine import EngineError, EngineProcess, tokens_per_forward
+from vllm_mtp.cli.engine import EngineError, EngineProcess
 from vllm_mtp.cli.measure import Comparison, compare, machine, num_identical
 from vllm_mtp.cli.show import print_completion, print_error, print_table
 from vllm_mtp.demo import prompts as held_out_prompts
+from vllm_mtp.outputs import tokens_per_forward
 from vllm_mtp.whole_files import write_whole
 
 CONCURRENCIES = (1, 16)

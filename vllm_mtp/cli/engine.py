@@ -11,9 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from vllm_mtp.outputs import Output, tokens_per_forward
-
-__all__ = ["EngineError", "EngineProcess", "Generation", "Output", "tokens_per_forward"]
+from vllm_mtp.outputs import Output
 
 
 class EngineError(RuntimeError):

