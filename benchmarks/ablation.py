@@ -17,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.demo_model.train_adapter import PROMPTS, write_split
+from benchmarks.demo_model.train_adapter import write_split
 from vllm_mtp import demo
 from vllm_mtp.adapter import read_config
 from vllm_mtp.cli.measure import machine
@@ -126,7 +126,7 @@ def main() -> None:
     common = {
         "base": options.base,
         "data": [data],
-        "eval_data": [PROMPTS],
+        "eval_data": [demo.PROMPTS / "code.jsonl"],
         "steps": options.steps,
         "warmup_steps": options.steps // 20,
     }

@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace, adapter: Path, k: int, layout: str, dra
             "draft_sample_method": drafts,
         },
     }
-    prompts = demo.prompts()[: options.prompts]
+    prompts = demo.prompts(options.domain)[: options.prompts]
     with EngineProcess(arguments, log) as engine:
         engine.wait_until_ready()
         return {
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", choices=["yes", "no"], default=["yes", "no"])
     parser.add_argument("--drafts", nargs="+", choices=["greedy", "probabilistic"], default=["greedy"], help="draft_sample_method")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--domain", choices=demo.DOMAINS, default="code")
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--max-tokens", type=int, default=128)
     options = parser.parse_args()

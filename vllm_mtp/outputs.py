@@ -8,11 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Output:
-    """One completion: its tokens, the number that each forward gave, the prompt's first, and their text if it is known."""
+    """One completion: its tokens, the number that each forward gave, the prompt's first, and their text and time if known."""
 
     tokens: list[int]
     steps: list[int]
     pieces: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def tokens_per_forward(outputs: Sequence[Output]) -> float:

@@ -1,8 +1,10 @@
 """Train the demo's base model on the standard library: a byte-level BPE tokenizer and a Llama of 7 M parameters, from nothing, and
-then a wider one that starts as the same function.
+then a wider one that starts as the same function; at last three domains instead of one.
 
     python -m benchmarks.demo_model.train_base --output runs/base --steps 1250
     python -m benchmarks.demo_model.train_base --output runs/wide --steps 600 --widen runs/base/model --intermediate-size 2176
+    python -m benchmarks.demo_model.train_base --output runs/mixed --steps 450 --widen runs/wide/model --intermediate-size 2176 \\
+        --mixture '{"code": 0.45, "prose": 0.2, "arithmetic": 0.35}'
 
 Muon for the matrices and AdamW for the rest, bf16 autocast, torch.compile, transformers' Trainer; a killed run resumes
 from its last checkpoint when the same command is given again.
@@ -22,10 +24,14 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from benchmarks.demo_model.corpus import is_test, split
+from benchmarks.demo_model import arithmetic
+from benchmarks.demo_model.corpus import documents, is_test, prose_split, split
+from vllm_mtp.train.on_policy import continue_prompts
 
 VOCABULARY = 2048
 LENGTH = 512
+MOST_CHARACTERS_A_TOKEN = 4  # on average over a domain's documents
+HELD_OUT_PROBLEMS = 20_000  # characters of them, for bits per byte
 
 
 def train_tokenizer(texts: list[str], output: Path) -> PreTrainedTokenizerFast:
@@ -135,6 +141,30 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, files: dict[str, str]) -> t
     return torch.tensor([token for name in names for token in encoded[name]])
 
 
+def mixed_stream(tokenizer: PreTrainedTokenizerFast, num_tokens: int, shares: dict[str, float]) -> torch.Tensor:
+    """About `num_tokens` of the domains in `shares`, their documents shuffled together, each closed by the end-of-text token."""
+    mixed: list[list[int]] = []
+    for domain, share in shares.items():
+        wanted, size = share * num_tokens, 0
+        for text in documents(domain, False, round(wanted * MOST_CHARACTERS_A_TOKEN)):
+            if size >= wanted:
+                break
+            mixed.append(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])
+            size += len(mixed[-1])
+    random.Random(0).shuffle(mixed)
+    return torch.tensor(list(itertools.chain.from_iterable(mixed)))
+
+
+@torch.inference_mode()
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_problems: int = 200) -> float:
+    """Share of held-out arithmetic problems whose answer the model gives, decoding greedily."""
+    problems = list(itertools.islice(arithmetic.problems(held_out=True), num_problems))
+    prompts = [torch.tensor(tokenizer(made.prompt)["input_ids"]) for made in problems]
+    texts = continue_prompts(model, prompts, 160, (tokenizer.eos_token_id,))
+    written = [str(tokenizer.decode(text[len(prompt) :])) for prompt, text in zip(prompts, texts, strict=True)]
+    return sum(arithmetic.answer(text) == made.answer for text, made in zip(written, problems, strict=True)) / num_problems
+
+
 @torch.inference_mode()
 def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, files: dict[str, str]) -> float:
     """Bits per byte of `files` together, file by file with half a window of context carried over; the end of text is paid
@@ -170,12 +200,16 @@ def main() -> None:
     parser.add_argument("--widen", type=Path, help="start from this trained model, with more MLP neurons")
     parser.add_argument("--intermediate-size", type=int, default=1024, help="MLP neurons a layer")
     parser.add_argument("--first-window", type=int, default=0, help="windows of the data that an earlier run has used")
+    parser.add_argument("--mixture", type=json.loads, help="JSON of each domain's share; the library's source alone by default")
     options = parser.parse_args()
 
     torch.manual_seed(0)
     train, held_out = split()
     tokenizer = train_tokenizer(list(train.values()), options.output / "model")
-    stream = token_stream(tokenizer, train)
+    if options.mixture is None:
+        stream = token_stream(tokenizer, train)
+    else:
+        stream = mixed_stream(tokenizer, (options.steps * options.batch_size + 2) * LENGTH, options.mixture)
     model = widened(options.widen, options.intermediate_size) if options.widen else new_model(options.intermediate_size)
     optimizer = MuonAdamW(model, options.learning_rate)
     warmup = 100
@@ -214,6 +248,12 @@ def main() -> None:
         "bits_per_byte": bits_per_byte(model.float(), tokenizer, held_out),
         "xz_bits_per_byte": xz_bits_per_byte(held_out),
     }
+    if options.mixture is not None:
+        problems = {str(i): text for i, text in enumerate(documents("arithmetic", True, HELD_OUT_PROBLEMS))}
+        figures["prose_bits_per_byte"] = bits_per_byte(model, tokenizer, prose_split()[1])
+        figures["prose_xz_bits_per_byte"] = xz_bits_per_byte(prose_split()[1])
+        figures["arithmetic_bits_per_byte"] = bits_per_byte(model, tokenizer, problems)
+        figures["arithmetic_accuracy"] = accuracy(model, tokenizer)
     (options.output / "model" / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 

@@ -22,7 +22,7 @@ def test_figures_in_vllm_are_those_of_the_reference_decoder(tmp_path: Path) -> N
             "--base",
             demo.BASE,
             "--data",
-            demo.FOLDER / "prompts.jsonl",
+            demo.PROMPTS / "code.jsonl",
             "--prompts",
             8,
             "--max-tokens",
@@ -31,7 +31,7 @@ def test_figures_in_vllm_are_those_of_the_reference_decoder(tmp_path: Path) -> N
         words += ["-k", 4, "--layout", "quadratic", "--engine", engine, "--dtype", "float32", "--json", file]
         result = CliRunner().invoke(app, [str(word) for word in words])
         assert result.exit_code == 0, result.output
-        (row, *_) = json.loads(file.read_text())["domains"]["prompts"]
+        (row, *_) = json.loads(file.read_text())["domains"]["code"]
         assert (row["layout"], row["head"], row["k"]) == ("quadratic", "sampler", 4)
         reports.append(row["figures"])
     wanted, found = reports

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,17 @@ def test_runs_are_made_in_turns_and_ratios_are_of_neighbours() -> None:
 def test_outputs_that_differ_are_counted() -> None:
     runs = [Generation(1, 1, [output(1), output(2)]), Generation(1, 1, [output(1), output(3)])]
     assert Comparison(1, runs[:1], runs[1:]).figures()["identical"] == 1
+
+
+def test_one_at_a_time_each_domain_has_its_own_seconds() -> None:
+    plain = [replace(output(*[1] * 4), seconds=seconds) for seconds in (1.0, 2.0, 4.0, 1.0)]  # code, prose, arithmetic, code
+    ours = [replace(output(2, 2), seconds=1.0) for _ in plain]
+    comparison = Comparison(1, [Generation(8, 16, plain)], [Generation(4, 8, ours)])
+    parts = comparison.by_domain()
+    assert {name: part.ratios for name, part in parts.items()} == {"code": [1.0], "prose": [2.0], "arithmetic": [4.0]}
+    assert parts["code"].figures()["num_prompts"] == 2
+    with pytest.raises(ValueError, match="share their seconds"):
+        Comparison(2, comparison.plain, comparison.ours).by_domain()
 
 
 def test_forwards_alternate_in_colour_or_stand_between_bars() -> None:

@@ -1,18 +1,24 @@
 """The demo's text: held-out files are never trained on, and the prompts come from them by the rule that is written down."""
 
 import configparser
+import itertools
 import json
+import operator
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.demo_model import corpus
-from benchmarks.demo_model.make_prompts import MAX_CHARACTERS, MIN_CHARACTERS, choose, passages
+from benchmarks.demo_model import arithmetic, corpus
+from benchmarks.demo_model.make_prompts import MAX_CHARACTERS, MIN_CHARACTERS, NUM_PROMPTS, all_prompts, passages
 from vllm_mtp import demo
 
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 ROOT = Path(__file__).parents[2]
-PROMPTS = [json.loads(line) for line in (demo.FOLDER / "prompts.jsonl").read_text().splitlines()]
+PROMPTS = {
+    domain: [json.loads(line) for line in (demo.PROMPTS / f"{domain}.jsonl").read_text().splitlines()] for domain in demo.DOMAINS
+}
 
 
 def test_the_split_is_a_fixed_rule_on_paths() -> None:
@@ -38,17 +44,35 @@ def test_generated_tables_and_other_peoples_packages_are_left_out(tmp_path: Path
     assert corpus.library_files(tmp_path) == {"a.py": "x = 1\n"}
 
 
-def test_there_are_120_prompts_of_held_out_files_alone() -> None:
-    assert [prompt["text"] for prompt in PROMPTS] == demo.prompts()
-    assert len({(prompt["file"], prompt["line"]) for prompt in PROMPTS}) == len(PROMPTS) == 120
-    assert all(corpus.is_held_out(prompt["file"]) for prompt in PROMPTS)
-    assert all(MIN_CHARACTERS <= len(prompt["text"]) <= MAX_CHARACTERS for prompt in PROMPTS)
-    assert len({prompt["file"] for prompt in PROMPTS}) >= 25
+@pytest.mark.parametrize("domain", ["code", "prose"])
+def test_prompts_are_of_held_out_files_alone(domain: str) -> None:
+    found = PROMPTS[domain]
+    assert [prompt["text"] for prompt in found] == demo.prompts(domain)
+    assert len({(prompt["file"], prompt["line"]) for prompt in found}) == len(found) == NUM_PROMPTS[domain]
+    assert all(MIN_CHARACTERS <= len(prompt["text"]) <= MAX_CHARACTERS for prompt in found)
+    if domain == "code":
+        assert all(corpus.is_held_out(prompt["file"]) for prompt in found)
+        assert len({prompt["file"] for prompt in found}) >= 25
+    else:
+        train, held_out = corpus.prose_split()
+        assert {prompt["file"] for prompt in found} <= set(held_out)
+        assert not set(train) & set(held_out)
+
+
+def test_problems_are_held_out_and_right() -> None:
+    learned = {problem.prompt for problem in itertools.islice(arithmetic.problems(held_out=False), 3000)}
+    assert len(PROMPTS["arithmetic"]) == NUM_PROMPTS["arithmetic"]
+    assert not learned & set(demo.prompts("arithmetic"))
+    for problem in itertools.islice(arithmetic.problems(held_out=True), 200):
+        assert arithmetic.answer(problem.solution) == problem.answer
+        for left, sign, right, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", problem.solution):
+            assert OPERATIONS[sign](int(left), int(right)) == int(result)
+    assert arithmetic.answer("nothing") is None
 
 
 @pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="the prompts were chosen from the library of Python 3.11.7")
 def test_the_prompts_are_those_that_the_rule_chooses() -> None:
-    assert choose(corpus.split()[1]) == PROMPTS
+    assert all_prompts() == PROMPTS
 
 
 def test_a_passage_starts_at_a_line_and_ends_inside_a_block() -> None:

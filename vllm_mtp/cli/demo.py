@@ -14,7 +14,7 @@ from rich.console import Console
 from vllm_mtp.cli.engine import EngineError, EngineProcess
 from vllm_mtp.cli.measure import Comparison, compare, machine, num_identical
 from vllm_mtp.cli.show import print_completion, print_error, print_table
-from vllm_mtp.demo import prompts as held_out_prompts
+from vllm_mtp.demo import mixed_prompts
 from vllm_mtp.outputs import tokens_per_forward
 from vllm_mtp.whole_files import write_whole
 
@@ -117,7 +117,7 @@ def run(options: DemoOptions) -> int:
 
 
 def _run(options: DemoOptions, folder: Path, out: Console, say: Progress) -> dict[str, Any]:
-    prompts = held_out_prompts()
+    prompts = mixed_prompts()
     shown = prompts[: options.num_prompts]
     with ExitStack() as stack:
         plain, ours = _start(options, stack, folder, "bfloat16", options.enforce_eager, say)
@@ -150,6 +150,7 @@ def _run(options: DemoOptions, folder: Path, out: Console, say: Progress) -> dic
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
         "machine": machine(),
         "comparisons": [comparison.figures() for comparison in comparisons],
+        "domains": {name: part.figures() for name, part in comparisons[0].by_domain().items()},
         "float32": float32,
         "shown": [{"prompt": prompt, **asdict(output)} for prompt, output in zip(shown, completions.outputs, strict=True)],
     }
@@ -157,9 +158,10 @@ def _run(options: DemoOptions, folder: Path, out: Console, say: Progress) -> dic
 
 def _print_figures(out: Console, comparisons: list[Comparison], float32: dict[str, int]) -> None:
     rows = []
-    for comparison in comparisons:
+    parts = {f"1 client, {name}": part for name, part in comparisons[0].by_domain().items()}
+    wholes = {"1 client" if one.concurrency == 1 else f"{one.concurrency} clients": one for one in comparisons}
+    for clients, comparison in {**parts, **wholes}.items():
         figures = comparison.figures()
-        clients = "1 client" if comparison.concurrency == 1 else f"{comparison.concurrency} clients"
         low, high = figures["ratio_range"]
         for key, digits, ratio in (
             ("tokens per forward", 2, ""),

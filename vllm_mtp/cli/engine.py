@@ -36,6 +36,11 @@ class Generation:
         """Output tokens a second, prompts included in the time."""
         return self.num_tokens / self.seconds
 
+    def some(self, which: slice) -> "Generation":
+        """Some of the completions, of a run that made one at a time: they took the seconds and the steps that were theirs."""
+        outputs = self.outputs[which]
+        return Generation(sum(output.seconds for output in outputs), sum(len(output.steps) for output in outputs), outputs)
+
 
 class EngineProcess:
     """A vLLM engine behind a pipe; use it as a context manager.

