@@ -1,6 +1,7 @@
 """Acceptance by confidence: how much of the target's greedy text is left, against tokens per forward, by threshold.
 
     python -m benchmarks.confidence --output confidence.json --plot confidence.png
+    python -m benchmarks.confidence --domain arithmetic --output arithmetic.json --plot arithmetic.png
 
 Two rules at each tau, on the same engine and prompts, greedy, in float32 so that no rounding is taken for a difference:
 
@@ -10,7 +11,8 @@ Two rules at each tau, on the same engine and prompts, greedy, in float32 so tha
 
 Agreement with the greedy text is given three times: outputs that are the same; tokens before an output's first difference; and
 output tokens that are the target's best for the text before them, whatever that text is. The last is what each token costs, the
-first two are what that grows to over an output. **Tokens per forward** is that of `benchmarks.acceptance`.
+first two are what that grows to over an output. **Tokens per forward** is that of `benchmarks.acceptance`. Arithmetic problems also
+have an **accuracy**: the share of right answers.
 """
 
 import argparse
@@ -18,13 +20,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the truncated rule is put into the engine's worker, in this process
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+from benchmarks.demo_model import arithmetic
 from vllm_mtp import demo
 from vllm_mtp.cli.engine_worker import generate
 from vllm_mtp.cli.measure import machine
@@ -75,27 +78,53 @@ def truncating(proposer: Any) -> Iterator[None]:
         del proposer.propose  # the method again
 
 
-def run(llm: Any, prompts: Sequence[str], max_tokens: int, extra: dict[str, Any]) -> tuple[list[Output], int]:
-    """Greedy outputs under a request's options, and how many of their tokens were taken against the target's best."""
+class Run(NamedTuple):
+    """Greedy outputs, how many of their tokens were taken against the target's best, and the seconds of all."""
+
+    outputs: list[Output]
+    unmatched: int
+    seconds: float
+
+
+def run(llm: Any, prompts: Sequence[str], max_tokens: int, extra: dict[str, Any]) -> Run:
+    """All prompts under a request's options."""
     counters = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.planner.counters
     before = counters.unmatched
     sampling = {"temperature": 0.0, "max_tokens": max_tokens, "extra_args": extra}
     found = generate(llm, {"prompts": list(prompts), "concurrency": CONCURRENCY, "sampling": sampling})
-    return [Output(**output) for output in found["outputs"]], counters.unmatched - before
+    outputs = [Output(**output) for output in found["outputs"]]
+    return Run(outputs, counters.unmatched - before, found["seconds"])
+
+
+def row(rule: str, tau: float | None, found: Run, greedy: Sequence[Output], answers: Sequence[int] | None) -> dict[str, Any]:
+    """A row of the table: a rule at a threshold."""
+    outputs, unmatched, seconds = found
+    figured = {
+        "rule": rule,
+        "tau": tau,
+        "figures": figures(outputs),
+        "agreement": agreement(outputs, greedy, unmatched),
+        "tokens_per_second": sum(len(output.tokens) for output in outputs) / seconds,
+    }
+    if answers is not None:
+        given = [arithmetic.answer("".join(output.pieces)) for output in outputs]
+        figured["accuracy"] = sum(a == b for a, b in zip(given, answers, strict=True)) / len(answers)
+    return figured
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| rule | tau | tokens a forward | novel | same outputs | tokens before the first difference | best tokens |",
-        "|---|---|---|---|---|---|---|",
+        "| rule | tau | tokens a forward | novel | same outputs | tokens before the first difference | best tokens | accuracy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         parts, found = row["figures"], row["agreement"]
         per_forward = f"{parts['all']['tokens_per_forward']:.2f} | {parts['novel']['tokens_per_forward']:.2f}"
         shares = " | ".join(f"{100 * found[name]:.0f} %" for name in ("same_outputs", "tokens_before_the_first_difference"))
         tau = "-" if row["tau"] is None else f"{row['tau']:g}"
-        lines.append(f"| {row['rule']} | {tau} | {per_forward} | {shares} | {100 * found['best_tokens']:.1f} % |")
+        accuracy = f"{100 * row['accuracy']:.1f} %" if "accuracy" in row else "-"
+        lines.append(f"| {row['rule']} | {tau} | {per_forward} | {shares} | {100 * found['best_tokens']:.1f} % | {accuracy} |")
     return "\n".join(lines)
 
 
@@ -106,23 +135,23 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
-    for axis, (name, title) in zip(
-        axes,
-        (
-            ("best_tokens", "tokens that are the target's best"),
-            ("tokens_before_the_first_difference", "tokens before the first difference"),
-        ),
-        strict=True,
-    ):
+    kinds = {
+        "best_tokens": "tokens that are the target's best",
+        "tokens_before_the_first_difference": "tokens before the first difference",
+        **({"accuracy": "right answers"} if "accuracy" in rows[0] else {}),
+    }
+
+    def value(row: dict[str, Any], name: str) -> float:
+        return 100 * (row["accuracy"] if name == "accuracy" else row["agreement"][name])
+
+    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), sharex=True)
+    for axis, (name, title) in zip(axes, kinds.items(), strict=True):
         for rule, style in zip(RULES, ("o-", "s--"), strict=True):
             chosen = [row for row in rows if row["rule"] == rule]
             per_forward = [row["figures"]["all"]["tokens_per_forward"] for row in chosen]
-            axis.plot(per_forward, [100 * row["agreement"][name] for row in chosen], style, label=rule)
+            axis.plot(per_forward, [value(row, name) for row in chosen], style, label=rule)
             for x, row in zip(per_forward, chosen, strict=True):
-                axis.annotate(
-                    f"{row['tau']:g}", (x, 100 * row["agreement"][name]), fontsize=7, xytext=(3, 3), textcoords="offset points"
-                )
+                axis.annotate(f"{row['tau']:g}", (x, value(row, name)), fontsize=7, xytext=(3, 3), textcoords="offset points")
         lossless = next(row for row in rows if row["rule"] == "lossless")["figures"]["all"]["tokens_per_forward"]
         axis.axvline(lossless, color="grey", linewidth=0.8, label="lossless")
         axis.set_xlabel("tokens per forward")
@@ -138,6 +167,9 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=demo.ADAPTER)
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--plot", type=Path, help="PNG file")
+    parser.add_argument("--domain", choices=demo.DOMAINS, default="code")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compiled", action="store_true", help="as it would be served: for tokens a second")
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--taus", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--prompts", type=int, default=120)
@@ -148,8 +180,8 @@ def main() -> None:
 
     llm = LLM(
         model=str(options.model),
-        dtype="float32",
-        enforce_eager=True,
+        dtype=options.dtype,
+        enforce_eager=not options.compiled,
         max_num_seqs=CONCURRENCY,
         enable_prefix_caching=False,
         speculative_config={
@@ -162,23 +194,25 @@ def main() -> None:
         },
     )
     proposer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
-    prompts = demo.prompts()[: options.prompts]
-    greedy, _ = run(llm, prompts, options.max_tokens, {})
-    rows = [{"rule": "lossless", "tau": None, "figures": figures(greedy), "agreement": agreement(greedy, greedy, 0)}]
+    prompts, answers = demo.prompts(options.domain)[: options.prompts], None
+    if options.domain == "arithmetic":
+        answers = demo.answers()[: options.prompts]
+    run(llm, prompts[:CONCURRENCY], options.max_tokens, {})  # warm
+    lossless = run(llm, prompts, options.max_tokens, {})
+    greedy = lossless.outputs
+    rows = [row("lossless", None, lossless, greedy, answers)]
     for rule in RULES:
         for tau in options.taus:
-            if rule == "truncated":
-                with truncating(proposer):
-                    outputs, unmatched = run(llm, prompts, options.max_tokens, {"mtp_tau": tau})
-            else:
-                outputs, unmatched = run(llm, prompts, options.max_tokens, {"mtp_tau": tau})
-            found = agreement(outputs, greedy, unmatched)
-            rows.append({"rule": rule, "tau": tau, "figures": figures(outputs), "agreement": found})
+            with truncating(proposer) if rule == "truncated" else nullcontext():
+                found = run(llm, prompts, options.max_tokens, {"mtp_tau": tau})
+            rows.append(row(rule, tau, found, greedy, answers))
             print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
     report = {
-        "command": f"python -m benchmarks.confidence --k {options.k} --prompts {len(prompts)} --max-tokens {options.max_tokens} "
-        f"--taus {' '.join(f'{tau:g}' for tau in options.taus)}",
+        "command": sys.argv,
         "machine": machine(),
+        "domain": options.domain,
+        "dtype": options.dtype,
+        "compiled": options.compiled,
         "k": options.k,
         "num_prompts": len(prompts),
         "max_tokens": options.max_tokens,

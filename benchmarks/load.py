@@ -59,7 +59,7 @@ def ramp() -> tuple[list[str], list[int]]:
     """Prompts, and how many may be in flight when each starts: from 1 to 32 and back, three rounds of clients at each number."""
     counts = [*CLIENTS, *CLIENTS[-2::-1]]
     limits = [count for count in counts for _ in range(3 * count)]
-    held_out = demo.prompts()
+    held_out = demo.mixed_prompts()
     prompts = [held_out[i % len(held_out)] for i in range(len(limits))]
     # Every other one with two more in front of it: three times as long.
     return [text if i % 2 else "\n".join([*held_out[i % 7 : i % 7 + 2], text]) for i, text in enumerate(prompts)], limits
@@ -72,7 +72,7 @@ def say(text: str) -> None:
 def by_clients(plain: EngineProcess, auto: EngineProcess, options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for clients in CLIENTS:
-        prompts = (demo.prompts() * 2)[: max(16, 4 * clients)]
+        prompts = demo.mixed_prompts()[: max(16, 4 * clients)]
         comparison = compare(
             plain, auto, prompts, concurrency=clients, max_tokens=options.max_tokens, rounds=options.rounds, progress=say
         )
