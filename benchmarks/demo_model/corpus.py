@@ -87,17 +87,17 @@ def prose_split() -> tuple[dict[str, str], dict[str, str]]:
     return sides[0], sides[1]
 
 
-def documents(domain: str, held_out: bool, wanted: int) -> list[str]:
+def documents(domain: str, held_out: bool, wanted: int, seed: int = 0) -> list[str]:
     """A domain's documents in a shuffled order, `wanted` characters or a little more.
 
     Modules come twice as often as tests; where there are too few, they come again.
     """
     if domain == "arithmetic":
-        source = (made.prompt + made.solution for made in arithmetic.problems(held_out))
+        source = (made.prompt + made.solution for made in arithmetic.problems(held_out, seed))
     else:
         files = (split() if domain == "code" else prose_split())[held_out]
         names = [name for name in files for _ in range(1 if is_test(name) else 2)]
-        random.Random(0).shuffle(names)
+        random.Random(seed).shuffle(names)
         source = (files[name] for name in itertools.cycle(names))
     taken, size = [], 0
     while size < wanted:

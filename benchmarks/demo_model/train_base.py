@@ -141,17 +141,17 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, files: dict[str, str]) -> t
     return torch.tensor([token for name in names for token in encoded[name]])
 
 
-def mixed_stream(tokenizer: PreTrainedTokenizerFast, num_tokens: int, shares: dict[str, float]) -> torch.Tensor:
+def mixed_stream(tokenizer: PreTrainedTokenizerFast, num_tokens: int, shares: dict[str, float], seed: int) -> torch.Tensor:
     """About `num_tokens` of the domains in `shares`, their documents shuffled together, each closed by the end-of-text token."""
     mixed: list[list[int]] = []
     for domain, share in shares.items():
         wanted, size = share * num_tokens, 0
-        for text in documents(domain, False, round(wanted * MOST_CHARACTERS_A_TOKEN)):
+        for text in documents(domain, False, round(wanted * MOST_CHARACTERS_A_TOKEN), seed):
             if size >= wanted:
                 break
             mixed.append(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])
             size += len(mixed[-1])
-    random.Random(0).shuffle(mixed)
+    random.Random(seed).shuffle(mixed)
     return torch.tensor(list(itertools.chain.from_iterable(mixed)))
 
 
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--intermediate-size", type=int, default=1024, help="MLP neurons a layer")
     parser.add_argument("--first-window", type=int, default=0, help="windows of the data that an earlier run has used")
     parser.add_argument("--mixture", type=json.loads, help="JSON of each domain's share; the library's source alone by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the mixture")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -209,7 +210,7 @@ def main() -> None:
     if options.mixture is None:
         stream = token_stream(tokenizer, train)
     else:
-        stream = mixed_stream(tokenizer, (options.steps * options.batch_size + 2) * LENGTH, options.mixture)
+        stream = mixed_stream(tokenizer, (options.steps * options.batch_size + 2) * LENGTH, options.mixture, options.seed)
     model = widened(options.widen, options.intermediate_size) if options.widen else new_model(options.intermediate_size)
     optimizer = MuonAdamW(model, options.learning_rate)
     warmup = 100

@@ -48,6 +48,30 @@ def demo(
     raise typer.Exit(run(options))
 
 
+BENCH_EPILOG = """Examples:
+
+    vllm-mtp bench --output runs/bench
+
+    vllm-mtp bench methods.yaml --output runs/bench
+
+    vllm-mtp bench methods.yaml --output runs/bench --report-only
+
+A run that was killed goes on where it was when the same command is given again. The options of the file are in docs/options.md.
+"""
+
+
+@app.command(epilog=BENCH_EPILOG)
+def bench(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of methods and options; left out: the demo's.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for finished runs and the report.")] = Path("runs/bench"),
+    report_only: Annotated[bool, typer.Option("--report-only", help="Write the report of what is finished; run nothing.")] = False,
+) -> None:
+    """Compare methods of speculation on one build of vLLM: the best setting of each, in turns on the same prompts, and a report."""
+    from vllm_mtp.cli.bench import run
+
+    raise typer.Exit(run(config, output, report_only))
+
+
 @app.command()
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],

@@ -1,0 +1,1 @@
+"""Methods of speculation side by side: one base model, one build of vLLM, the same prompts, each method at its best setting."""

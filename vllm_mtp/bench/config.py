@@ -1,0 +1,78 @@
+"""Every option of a benchmark, with its default and limits: what a YAML file of `vllm-mtp bench` may hold."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from vllm_mtp import demo
+from vllm_mtp.config import StrictModel
+
+PLAIN = "plain vLLM"
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Method(StrictModel):
+    """One way to decode."""
+
+    speculative: dict[str, Any]
+    """The JSON of vLLM's `--speculative-config`."""
+    search: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Options in it with the values to try. All combinations are tried, and at each number of clients the best one is compared."""
+    training: Path | None = None
+    """JSON file of how it was trained: `tokens`, `steps`, `minutes`, `parameters`. None: nothing was trained."""
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The speculative configurations to try."""
+        names = list(self.search)
+        return [
+            {**self.speculative, **dict(zip(names, values, strict=True))} for values in itertools.product(*self.search.values())
+        ]
+
+
+class BenchConfig(StrictModel):
+    """Options of `vllm-mtp bench`."""
+
+    model: str = str(demo.BASE)
+    """The base model of all methods."""
+    engine: dict[str, Any] = Field(default_factory=lambda: {"dtype": "bfloat16"})
+    """Further arguments of `vllm.LLM`, of every engine. Prefix caching is off, or later runs would skip their prompts."""
+    methods: dict[str, Method] = Field(min_length=1)
+    """What is compared with plain vLLM, by the name it has in the report."""
+    prompts: tuple[Path, ...] = tuple(demo.PROMPTS / f"{domain}.jsonl" for domain in demo.DOMAINS)
+    """.jsonl files with {"text": ..} in each line, a domain each; they are asked in turns."""
+    clients: tuple[Positive, ...] = (1, 4, 16, 32)
+    """Requests in flight."""
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = (0.0,)
+    """0 is greedy."""
+    max_tokens: Positive = 128
+    """Output tokens of a request."""
+    prompts_per_run: Positive = 24
+    """Requests in a run, at least twice the clients."""
+    rounds: Positive = 3
+    """Runs of every method at each number of clients, in turns; a ratio is of runs of one round."""
+    search_prompts_per_run: Positive = 12
+    """Requests in a run that looks for a method's best setting, at least the clients."""
+    search_rounds: Positive = 1
+    """Rounds of those."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "BenchConfig":
+        if PLAIN in self.methods:
+            raise ValueError(f"methods: {PLAIN} is what all are compared with; leave it out")
+        for name, method in self.methods.items():
+            if not method.settings():
+                raise ValueError(f"methods.{name}.search: an option without values")
+        if len(set(self.clients)) < len(self.clients):
+            raise ValueError("clients: a number twice")
+        return self
+
+    def requests(self) -> list[str]:
+        """All prompts, the domains in turns, as many of each."""
+        domains = [
+            [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            for path in self.prompts
+        ]
+        return list(itertools.chain.from_iterable(zip(*domains, strict=False)))

@@ -1,0 +1,269 @@
+"""Run a benchmark: look for each method's best setting, then run all methods in turns. What is done is kept, run by run."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from vllm_mtp.bench.config import PLAIN, BenchConfig
+from vllm_mtp.cli.engine import EngineProcess, Generation
+from vllm_mtp.outputs import Output
+from vllm_mtp.whole_files import write_whole
+
+SEARCH, COMPARE = "search", "compare"
+
+
+class BenchError(ValueError):
+    """A benchmark that cannot be run as it was asked for; the message says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with its speculative configuration; None is plain vLLM."""
+
+    method: str
+    speculative: dict[str, Any] | None = None
+
+    def words(self, searched: Sequence[str]) -> str:
+        """The options that were searched, for a reader."""
+        return ", ".join(f"{name} {(self.speculative or {})[name]}" for name in searched) or "as given"
+
+    @property
+    def key(self) -> str:
+        """A name for files and dictionaries."""
+        return json.dumps([self.method, self.speculative], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run to be made: a setting at a number of clients, in a round of a stage."""
+
+    stage: str
+    clients: int
+    temperature: float
+    round: int
+    setting: Setting
+
+    @property
+    def group(self) -> tuple[str, int, float, int]:
+        """Runs of one group used the same prompts one after the other."""
+        return self.stage, self.clients, self.temperature, self.round
+
+
+class Book:
+    """The finished runs of a benchmark, a JSON file each in `folder`/runs.
+
+    Args:
+        folder: of the benchmark; made when it is not there.
+        config: of the benchmark. A folder of another configuration's runs is refused.
+
+    Raises:
+        BenchError: the folder holds runs of other options.
+    """
+
+    def __init__(self, folder: Path, config: BenchConfig) -> None:
+        self._runs = folder / "runs"
+        self._runs.mkdir(parents=True, exist_ok=True)
+        mine, file = config.model_dump_json(indent=2) + "\n", folder / "config.json"
+        if file.exists() and file.read_text(encoding="utf-8") != mine:
+            raise BenchError(f"{folder} holds runs with other options: choose another output folder, or give the same options.")
+        write_whole(file, mine)
+        self.done: dict[tuple[Any, ...], Generation] = {}
+        for path in sorted(self._runs.glob("*.json")):
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            outputs = [Output(**output) for output in entry["outputs"]]
+            self.done[self._key(entry)] = Generation(entry["seconds"], entry["num_forwards"], outputs)
+
+    @staticmethod
+    def _key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+        names = ("stage", "clients", "temperature", "round")
+        return (*(entry[name] for name in names), Setting(entry["method"], entry["speculative"]).key)
+
+    def get(self, cell: Cell) -> Generation | None:
+        """The finished run, if it is."""
+        return self.done.get((*cell.group, cell.setting.key))
+
+    def put(self, cell: Cell, prompts: Sequence[str], made: Generation) -> None:
+        """Keep a finished run, with its prompts and tokens."""
+        entry = {
+            "stage": cell.stage,
+            "clients": cell.clients,
+            "temperature": cell.temperature,
+            "round": cell.round,
+            "method": cell.setting.method,
+            "speculative": cell.setting.speculative,
+            "seconds": made.seconds,
+            "num_forwards": made.num_forwards,
+            "prompts": list(prompts),
+            "outputs": [asdict(output) for output in made.outputs],
+        }
+        write_whole(self._runs / f"{len(self.done):05d}.json", json.dumps(entry) + "\n")
+        self.done[self._key(entry)] = made
+
+    def group(self, stage: str, clients: int, temperature: float) -> dict[str, dict[int, Generation]]:
+        """Finished runs of a stage at a number of clients: setting's key -> round -> run."""
+        found: dict[str, dict[int, Generation]] = {}
+        for (a_stage, a_clients, a_temperature, round_, key), made in self.done.items():
+            if (a_stage, a_clients, a_temperature) == (stage, clients, temperature):
+                found.setdefault(key, {})[round_] = made
+        return found
+
+
+def ratios(runs: Mapping[str, Mapping[int, Generation]], setting: Setting) -> list[float]:
+    """Tokens a second over plain vLLM's in each round that both finished."""
+    plain, ours = runs.get(Setting(PLAIN).key, {}), runs.get(setting.key, {})
+    return [ours[i].tokens_per_second / plain[i].tokens_per_second for i in sorted(plain.keys() & ours.keys())]
+
+
+class Engines:
+    """Engines by setting, started when they are first needed and kept, at most `most` of them."""
+
+    def __init__(self, config: BenchConfig, logs: Path, say: Callable[[str], None], most: int) -> None:
+        self._config, self._logs, self._say, self._most = config, logs, say, most
+        self._running: dict[str, EngineProcess] = {}
+        self.warm: set[tuple[str, int]] = set()
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with ExitStack() as stack:
+            for engine in self._running.values():
+                stack.callback(engine.close)
+
+    def need(self, settings: Sequence[Setting]) -> dict[str, EngineProcess]:
+        """The engines of `settings`, ready; others are closed when there are too many."""
+        wanted = {setting.key: setting for setting in settings}
+        for key in [key for key in self._running if key not in wanted]:
+            if len(self._running.keys() | wanted.keys()) > self._most:
+                self._running.pop(key).close()
+                self.warm = {(of, clients) for of, clients in self.warm if of != key}
+        new = [setting for key, setting in wanted.items() if key not in self._running]
+        for setting in new:
+            log = self._logs / f"engine-{len(list(self._logs.iterdir())):03d}.log"
+            self._say(f"starting {setting.method} {setting.speculative or ''}; its log is {log}")
+            self._running[setting.key] = EngineProcess(self._arguments(setting), log)
+        for setting in new:
+            self._running[setting.key].wait_until_ready()
+        return {key: self._running[key] for key in wanted}
+
+    def _arguments(self, setting: Setting) -> dict[str, Any]:
+        return {
+            "model": self._config.model,
+            "max_num_seqs": max(self._config.clients),
+            "enable_prefix_caching": False,
+            "disable_log_stats": True,
+            **self._config.engine,
+            **({} if setting.speculative is None else {"speculative_config": setting.speculative}),
+        }
+
+
+class Benchmark:
+    """A benchmark in a folder; `run` goes on from what is finished there.
+
+    Args:
+        config: what to run.
+        folder: where finished runs are kept.
+        progress: called with the number of finished runs, of all runs, and what runs now.
+        most_engines: engines that memory holds at a time.
+    """
+
+    def __init__(self, config: BenchConfig, folder: Path, progress: Callable[[int, int, str], None], most_engines: int = 8) -> None:
+        self.config, self.folder, self._progress, self._most = config, folder, progress, most_engines
+        self.book = Book(folder, config)
+        self._requests = config.requests()
+
+    # -- what there is to run ----------------------------------------------------------------------------------------
+
+    def settings(self, method: str) -> list[Setting]:
+        """All settings of a method."""
+        return [Setting(method, speculative) for speculative in self.config.methods[method].settings()]
+
+    def searched(self) -> list[Setting]:
+        """Settings among which a method has a choice."""
+        return [one for method in self.config.methods for one in self.settings(method) if len(self.settings(method)) > 1]
+
+    def best(self, method: str, clients: int) -> Setting:
+        """The setting that was fastest at a number of clients, against plain runs of the same rounds.
+
+        Raises:
+            BenchError: no setting's search is finished.
+        """
+        settings = self.settings(method)
+        if len(settings) == 1:
+            return settings[0]
+        runs = self.book.group(SEARCH, clients, self.config.temperatures[0])
+        found = [(statistics.median(values), i) for i, one in enumerate(settings) if (values := ratios(runs, one))]
+        if not found:
+            raise BenchError(f"No setting of {method} was tried at {clients} clients.")
+        return settings[max(found)[1]]
+
+    def prompts(self, stage: str, clients: int) -> list[str]:
+        """Of a run."""
+        config = self.config
+        least, each = (config.search_prompts_per_run, 1) if stage == SEARCH else (config.prompts_per_run, 2)
+        wanted = max(least, each * clients)
+        return [self._requests[i % len(self._requests)] for i in range(wanted)]
+
+    def num_runs(self) -> int:
+        """Of the whole benchmark."""
+        per_search = len(self.config.clients) * self.config.search_rounds
+        compared = len(self.config.clients) * len(self.config.temperatures) * self.config.rounds
+        return per_search * 2 * len(self.searched()) + compared * (1 + len(self.config.methods))
+
+    # -- running it --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run what is not finished.
+
+        Raises:
+            EngineError: an engine did not start or died.
+            OSError: a finished run cannot be kept.
+        """
+        with Engines(self.config, self.folder / "logs", self._say, self._most) as engines:
+            for number, setting in enumerate(self.searched()):
+                # Each candidate has plain runs of its own beside it: rounds of their own, by the candidate's number.
+                rounds = range(number * self.config.search_rounds, (number + 1) * self.config.search_rounds)
+                for clients in self.config.clients:
+                    self._in_turns(engines, SEARCH, clients, self.config.temperatures[0], rounds, [Setting(PLAIN), setting])
+            for temperature in self.config.temperatures:
+                for clients in self.config.clients:
+                    settings = [Setting(PLAIN), *(self.best(method, clients) for method in self.config.methods)]
+                    self._in_turns(engines, COMPARE, clients, temperature, range(self.config.rounds), settings)
+
+    def _in_turns(
+        self, engines: Engines, stage: str, clients: int, temperature: float, rounds: range, settings: Sequence[Setting]
+    ) -> None:
+        cells = [Cell(stage, clients, temperature, round_, setting) for round_ in rounds for setting in settings]
+        waiting = [cell for cell in cells if self.book.get(cell) is None]
+        if not waiting:
+            return
+        running = engines.need(settings)
+        prompts = self.prompts(stage, clients)
+        for cell in waiting:
+            engine, key = running[cell.setting.key], cell.setting.key
+            for _ in range(1 if (key, clients) in engines.warm else 2):
+                made = engine.generate(
+                    prompts, max_tokens=self.config.max_tokens, concurrency=clients, temperature=temperature, seed=cell.round
+                )
+            engines.warm.add((key, clients))
+            self.book.put(cell, prompts, made)
+            self._say(f"{stage}: {clients} clients, {cell.setting.method}")
+
+    def _say(self, text: str) -> None:
+        self._progress(len(self.book.done), self.num_runs(), text)
+
+    # -- what was found ----------------------------------------------------------------------------------------------
+
+    def compared(self) -> Iterator[tuple[float, int, str, Setting, dict[str, dict[int, Generation]]]]:
+        """(temperature, clients, method, its setting, finished runs) of every comparison, plain vLLM first."""
+        for temperature in self.config.temperatures:
+            for clients in self.config.clients:
+                runs = self.book.group(COMPARE, clients, temperature)
+                yield temperature, clients, PLAIN, Setting(PLAIN), runs
+                for method in self.config.methods:
+                    yield temperature, clients, method, self.best(method, clients), runs
