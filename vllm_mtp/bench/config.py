@@ -22,7 +22,8 @@ class Method(StrictModel):
     search: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Options in it with the values to try. All combinations are tried, and at each number of clients the best one is compared."""
     training: Path | None = None
-    """JSON file of how it was trained: `tokens`, `steps`, `minutes`, `parameters`. None: nothing was trained."""
+    """JSON file of how it was trained: `tokens`, `steps`, `minutes`, and the number of trained `parameters`, or {"trained": it}.
+    None: nothing was trained."""
 
     def settings(self) -> list[dict[str, Any]]:
         """The speculative configurations to try."""
@@ -35,14 +36,14 @@ class Method(StrictModel):
 class BenchConfig(StrictModel):
     """Options of `vllm-mtp bench`."""
 
-    model: str = str(demo.BASE)
-    """The base model of all methods."""
+    model: str | None = None
+    """The base model of all methods. None: the demo's."""
     engine: dict[str, Any] = Field(default_factory=lambda: {"dtype": "bfloat16"})
     """Further arguments of `vllm.LLM`, of every engine. Prefix caching is off, or later runs would skip their prompts."""
     methods: dict[str, Method] = Field(min_length=1)
     """What is compared with plain vLLM, by the name it has in the report."""
-    prompts: tuple[Path, ...] = tuple(demo.PROMPTS / f"{domain}.jsonl" for domain in demo.DOMAINS)
-    """.jsonl files with {"text": ..} in each line, a domain each; they are asked in turns."""
+    prompts: tuple[Path, ...] = ()
+    """.jsonl files with {"text": ..} in each line, a domain each; they are asked in turns. None: the demo's."""
     clients: tuple[Positive, ...] = (1, 4, 16, 32)
     """Requests in flight."""
     temperatures: tuple[Annotated[float, Field(ge=0)], ...] = (0.0,)
@@ -69,10 +70,15 @@ class BenchConfig(StrictModel):
             raise ValueError("clients: a number twice")
         return self
 
+    @property
+    def base(self) -> str:
+        """The base model's name or folder."""
+        return self.model or str(demo.BASE)
+
     def requests(self) -> list[str]:
         """All prompts, the domains in turns, as many of each."""
         domains = [
             [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            for path in self.prompts
+            for path in self.prompts or [demo.PROMPTS / f"{domain}.jsonl" for domain in demo.DOMAINS]
         ]
         return list(itertools.chain.from_iterable(zip(*domains, strict=False)))

@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import json
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ def figures(benchmark: Benchmark) -> dict[str, Any]:
         "command": sys.argv,
         "commit": _commit(),
         "machine": machine(),
+        "model": config.base,
         "config": json.loads(config.model_dump_json()),
         "training": {name: _training(method.training) for name, method in config.methods.items() if method.training is not None},
         "search": list(_searched(benchmark)),
@@ -53,11 +55,14 @@ def _commit() -> str | None:
 
 
 def _training(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    facts = dict(json.loads(file.read_text(encoding="utf-8")))
+    if isinstance(facts.get("parameters"), dict):
+        facts["parameters"] = facts["parameters"]["trained"]
+    return facts
 
 
 def _searched(benchmark: Benchmark) -> Iterable[dict[str, Any]]:
-    for setting in benchmark.searched():
+    for setting in itertools.chain.from_iterable(benchmark.searched().values()):
         names = list(benchmark.config.methods[setting.method].search)
         for clients in benchmark.config.clients:
             runs = benchmark.book.group(SEARCH, clients, benchmark.config.temperatures[0])
@@ -266,7 +271,7 @@ def page(report: dict[str, Any]) -> str:
     )
     parts = [
         "<h1>Speculation on one build of vLLM</h1>",
-        f"<p>{html.escape(where)}<code>{html.escape(config['model'])}</code>{html.escape(how)}</p>",
+        f"<p>{html.escape(where)}<code>{html.escape(report['model'])}</code>{html.escape(how)}</p>",
     ]
     for temperature in config["temperatures"]:
         for clients in config["clients"]:

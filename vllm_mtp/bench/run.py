@@ -153,7 +153,7 @@ class Engines:
 
     def _arguments(self, setting: Setting) -> dict[str, Any]:
         return {
-            "model": self._config.model,
+            "model": self._config.base,
             "max_num_seqs": max(self._config.clients),
             "enable_prefix_caching": False,
             "disable_log_stats": True,
@@ -183,9 +183,10 @@ class Benchmark:
         """All settings of a method."""
         return [Setting(method, speculative) for speculative in self.config.methods[method].settings()]
 
-    def searched(self) -> list[Setting]:
-        """Settings among which a method has a choice."""
-        return [one for method in self.config.methods for one in self.settings(method) if len(self.settings(method)) > 1]
+    def searched(self) -> dict[str, list[Setting]]:
+        """The settings of every method that has a choice."""
+        settings = {method: self.settings(method) for method in self.config.methods}
+        return {method: some for method, some in settings.items() if len(some) > 1}
 
     def best(self, method: str, clients: int) -> Setting:
         """The setting that was fastest at a number of clients, against plain runs of the same rounds.
@@ -211,9 +212,9 @@ class Benchmark:
 
     def num_runs(self) -> int:
         """Of the whole benchmark."""
-        per_search = len(self.config.clients) * self.config.search_rounds
-        compared = len(self.config.clients) * len(self.config.temperatures) * self.config.rounds
-        return per_search * 2 * len(self.searched()) + compared * (1 + len(self.config.methods))
+        tried = self.config.search_rounds * sum(1 + len(settings) for settings in self.searched().values())
+        compared = len(self.config.temperatures) * self.config.rounds * (1 + len(self.config.methods))
+        return len(self.config.clients) * (tried + compared)
 
     # -- running it --------------------------------------------------------------------------------------------------
 
@@ -225,11 +226,11 @@ class Benchmark:
             OSError: a finished run cannot be kept.
         """
         with Engines(self.config, self.folder / "logs", self._say, self._most) as engines:
-            for number, setting in enumerate(self.searched()):
-                # Each candidate has plain runs of its own beside it: rounds of their own, by the candidate's number.
+            for number, settings in enumerate(self.searched().values()):
+                # Each method has rounds of its own, with plain runs in them.
                 rounds = range(number * self.config.search_rounds, (number + 1) * self.config.search_rounds)
                 for clients in self.config.clients:
-                    self._in_turns(engines, SEARCH, clients, self.config.temperatures[0], rounds, [Setting(PLAIN), setting])
+                    self._in_turns(engines, SEARCH, clients, self.config.temperatures[0], rounds, [Setting(PLAIN), *settings])
             for temperature in self.config.temperatures:
                 for clients in self.config.clients:
                     settings = [Setting(PLAIN), *(self.best(method, clients) for method in self.config.methods)]

@@ -11,26 +11,25 @@ from vllm_mtp import demo
 from vllm_mtp.bench.config import PLAIN, BenchConfig
 from vllm_mtp.cli.show import print_error, print_table
 
-DEFAULT: dict[str, Any] = {
-    "methods": {
-        "vllm-mtp": {"speculative": {"method": "mtp", "model": str(demo.ADAPTER), "num_speculative_tokens": 4, "layout": "auto"}},
+
+def default_methods(adapter: str) -> dict[str, Any]:
+    """What is compared where no file says it: this package, and vLLM's n-gram lookup, which needs no training."""
+    return {
+        "vllm-mtp": {"speculative": {"method": "mtp", "model": adapter, "num_speculative_tokens": 4, "layout": "auto"}},
         "n-gram": {
             "speculative": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
             "search": {"num_speculative_tokens": [2, 4]},
         },
     }
-}
 
 
-def read_config(file: Path | None) -> BenchConfig:
-    """The options in a YAML file, or the demo's.
+def read_options(file: Path) -> dict[str, Any]:
+    """The options in a YAML file.
 
     Raises:
-        ValueError: the file is not YAML or has an option that there is not.
+        ValueError: it is not YAML, or holds none.
         OSError: it cannot be read.
     """
-    if file is None:
-        return BenchConfig.model_validate(DEFAULT)
     import yaml
 
     try:
@@ -39,11 +38,19 @@ def read_config(file: Path | None) -> BenchConfig:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{file} holds no options: write `name: value` in each line.")
-    return BenchConfig.model_validate(options)
+    return options
 
 
-def run(file: Path | None, output: Path, report_only: bool) -> int:
-    """Run the benchmark; the exit status."""
+def run(file: Path | None, output: Path, report_only: bool, adapter: str | None, given: dict[str, Any]) -> int:
+    """Run the benchmark of a file, or of the demo's methods; the exit status.
+
+    Args:
+        file: YAML of `BenchConfig`.
+        output: folder for finished runs and the report.
+        report_only: run nothing.
+        adapter: instead of the demo's, where there is no file.
+        given: options that count instead of the file's.
+    """
     from pydantic import ValidationError
 
     from vllm_mtp.bench.report import RESULT_COLUMNS, result_cells, write_report
@@ -51,7 +58,8 @@ def run(file: Path | None, output: Path, report_only: bool) -> int:
     from vllm_mtp.cli.engine import EngineError
 
     try:
-        config = read_config(file)
+        options = read_options(file) if file is not None else {"methods": default_methods(adapter or str(demo.ADAPTER))}
+        config = BenchConfig.model_validate({**options, **given})
         shown = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
         )
@@ -70,7 +78,7 @@ def run(file: Path | None, output: Path, report_only: bool) -> int:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        print_error(ValueError(f"{file}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"))
+        print_error(ValueError(f"{file or 'options'}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"))
         return 1
     except (EngineError, ValueError, OSError, json.JSONDecodeError) as error:
         print_error(error)

@@ -54,6 +54,8 @@ BENCH_EPILOG = """Examples:
 
     vllm-mtp bench methods.yaml --output runs/bench
 
+    vllm-mtp bench --model model/ --adapter runs/code/adapter --clients 1 --clients 16 --output runs/bench
+
     vllm-mtp bench methods.yaml --output runs/bench --report-only
 
 A run that was killed goes on where it was when the same command is given again. The options of the file are in docs/options.md.
@@ -64,12 +66,19 @@ A run that was killed goes on where it was when the same command is given again.
 def bench(
     config: Annotated[Path | None, typer.Argument(help="YAML file of methods and options; left out: the demo's.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for finished runs and the report.")] = Path("runs/bench"),
+    model: Annotated[str | None, typer.Option(help="Base model, instead of the file's or the demo's.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter for it, in the place of the demo's where there is no file.")] = None,
+    clients: Annotated[list[int] | None, typer.Option(help="Requests in flight; repeatable. Instead of the file's.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Runs of each method, instead of the file's.")] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Write the report of what is finished; run nothing.")] = False,
 ) -> None:
     """Compare methods of speculation on one build of vLLM: the best setting of each, in turns on the same prompts, and a report."""
     from vllm_mtp.cli.bench import run
 
-    raise typer.Exit(run(config, output, report_only))
+    if config is not None and adapter is not None:
+        raise typer.BadParameter("name the adapter in the file, or leave the file out", param_hint="--adapter")
+    given = {"model": model, "clients": clients or None, "rounds": rounds}
+    raise typer.Exit(run(config, output, report_only, adapter, {name: value for name, value in given.items() if value is not None}))
 
 
 @app.command()
