@@ -259,7 +259,7 @@ def hook_v1_runner() -> None:
         from vllm.model_executor.layers import utils
 
         _replace(utils, "dispatch_cpu_unquantized_gemm", _dispatch_cpu_unquantized_gemm)
-        _replace_expand_batch_to_tokens()
+        replace_expand_batch_to_tokens()
         _give_cpu_kernels_to_launchers()
 
 
@@ -404,7 +404,8 @@ def _dispatch_cpu_unquantized_gemm(original: Callable[..., Any]) -> Callable[...
     return dispatch_cpu_unquantized_gemm
 
 
-def _replace_expand_batch_to_tokens() -> None:
+def replace_expand_batch_to_tokens() -> None:
+    """Temperature, top-p and top-k reach the rejection sampler; may be called any number of times."""
     import torch
     from vllm.v1.sample import rejection_sampler
 
