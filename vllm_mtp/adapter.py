@@ -10,8 +10,6 @@ Names, shapes, dtypes and file sizes are checked on headers; tensors are loaded 
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vllm_mtp.base_model import base_facts, check_facts, fingerprint_folder, fingerprint_tensors, linear_shapes
@@ -29,7 +26,7 @@ from vllm_mtp.peft_format import PREFIX, LoRASpec, lora_names, lora_tensor_shape
 from vllm_mtp.peft_format import WEIGHTS_FILE as PEFT_WEIGHTS_FILE
 from vllm_mtp.safe_files import AdapterError, Shape, check_folder, check_tensors, load_tensors, read_header, read_json_object
 from vllm_mtp.sampler_head import SamplerHead
-from vllm_mtp.whole_files import reason
+from vllm_mtp.whole_files import whole_folder
 
 __all__ = [
     "Adapter",
@@ -231,35 +228,15 @@ def write_adapter(
     folder = Path(folder)
     if folder.exists() and not is_adapter(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an adapter: choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        _write_lora(temporary, lora, config.base.name_or_path)
+    with whole_folder(folder) as part:
+        _write_lora(part, lora, config.base.name_or_path)
         tensors = {"mask_embeddings": mask_embeddings}
         if sampler is not None:
             tensors |= {SAMPLER_PREFIX + name: tensor for name, tensor in sampler.state_dict().items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary / MTP_FILE, {"format": "pt"})
-        (temporary / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
-        read_adapter(temporary)
-        os.umask(umask := os.umask(0))
-        temporary.chmod(0o777 & ~umask)  # mkdtemp and safetensors make theirs private to the user
-        for path in temporary.iterdir():
-            path.chmod(0o666 & ~umask)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(old / folder.name)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise OSError(f"{folder} could not be written: {reason(error)}") from error
-        raise
+        save_file(tensors, part / MTP_FILE, {"format": "pt"})
+        (part / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+        read_adapter(part)
 
 
 def _write_lora(folder: Path, lora: Any, base_name: str) -> None:

@@ -9,7 +9,8 @@ LoRA for noise rows
     here.
 
 Both predict in the place that mask rows of ours do: the row at position p says token p + 1, and the first token comes from the last
-real row. The files do not say which token it is, so whoever serves them does.
+real row. The files do not say which token it is, so whoever serves them does. Full checkpoints that were trained here have the
+file `TRAINING_FILE` besides, for people to read: `inspect` shows it.
 """
 
 import os
@@ -29,6 +30,8 @@ from vllm_mtp.safe_files import check_folder, check_tensors, read_header, read_j
 Kind = Literal["full checkpoint", "LoRA for noise rows"]
 FULL: Kind = "full checkpoint"
 NOISE: Kind = "LoRA for noise rows"
+TRAINING_FILE = "mtp_training.json"
+"""Of a full checkpoint trained here: `mask_token_id`, `num_mask_tokens`, facts of its `base`, `training` as adapters have it."""
 
 
 def kind_of(path: str | Path) -> Kind | None:

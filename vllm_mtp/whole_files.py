@@ -1,6 +1,8 @@
-"""Files that are there whole or not at all, also when the disk is full or the process is killed."""
+"""Files and folders that are there whole or not at all, also when the disk is full or the process is killed."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,37 @@ def whole(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written: {reason(error)}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write files to; it takes the place of `folder` at the end of the block.
+
+    Raises:
+        OSError: it cannot be written. Nothing is left behind, and what stood at `folder` still does.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        os.umask(umask := os.umask(0))
+        temporary.chmod(0o777 & ~umask)  # mkdtemp and safetensors make theirs private to the user
+        for path in temporary.iterdir():
+            path.chmod(0o666 & ~umask)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            folder.rename(old / folder.name)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(f"{folder} could not be written: {reason(error)}") from error
+        raise
 
 
 def reason(error: OSError | SafetensorError) -> str:

@@ -38,7 +38,6 @@ def tiny_config(**options: object) -> TrainConfig:
         "data": (Path("data"),),
         "output": Path("output"),
         "mask_tokens": 3,
-        "rank": 4,
         "length": 20,
         "groups": 5,
         "batch_size": 2,
@@ -47,12 +46,14 @@ def tiny_config(**options: object) -> TrainConfig:
         "on_policy_engine": "transformers",
         "bf16": False,
     }
+    if options.get("tuning") != "full":
+        defaults["rank"] = 4
     return TrainConfig.model_validate({**defaults, **options})
 
 
-def tiny_masked_model(config: TrainConfig, base: LlamaForCausalLM) -> MaskedModel:
+def tiny_masked_model(config: TrainConfig, base: LlamaForCausalLM, kind: type[MaskedModel] = MaskedModel) -> MaskedModel:
     """A model in training whose LoRA already changes mask rows."""
-    model = MaskedModel(base, config)
+    model = kind(base, config)
     with torch.no_grad():
         for name, parameter in model.student.named_parameters():
             if "lora_B" in name:

@@ -1,5 +1,6 @@
 """`vllm-mtp inspect`: what an adapter folder holds, from its headers; no tensor but a model's norms is loaded."""
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from vllm_mtp.adapter import MTP_FILE, SAMPLER_PREFIX, AdapterError, validate_fo
 from vllm_mtp.base_model import base_facts
 from vllm_mtp.cli.show import print_error
 from vllm_mtp.config import AdapterConfig
-from vllm_mtp.foreign import FULL, NOISE, check_checkpoint, check_noise_lora, kind_of
+from vllm_mtp.foreign import FULL, NOISE, TRAINING_FILE, check_checkpoint, check_noise_lora, kind_of
 from vllm_mtp.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoRASpec, modules_in, read_lora_specs
 from vllm_mtp.safe_files import printable, read_header, read_json_object
 
@@ -80,12 +81,29 @@ def _foreign_rows(folder: Path, base: Path | None) -> list[tuple[str, str]]:
     check_checkpoint(folder)
     facts = base_facts(folder)
     sizes = f"{facts.model_type}, {facts.num_hidden_layers} layers of width {facts.hidden_size}, {facts.vocab_size} tokens"
+    model = ("model", f"{sizes}\nfingerprint {facts.fingerprint or 'none'}")
+    if (folder / TRAINING_FILE).is_file():
+        trained = read_json_object(folder / TRAINING_FILE)
+        token, k, training = trained.get("mask_token_id"), trained.get("num_mask_tokens"), trained.get("training")
+        base_of, options = trained.get("base"), {"method": "mtp", "mask_token_id": token, "num_speculative_tokens": k}
+        rows = [
+            ("kind", f"{FULL}: a model that was trained to draft for itself, and no adapter; its text is its own, not its base's"),
+            model,
+            ("trained from", f"{base_of.get('name_or_path') if isinstance(base_of, dict) else base_of}"),
+            ("mask tokens", f"{k}, all of them token {token} of the vocabulary"),
+            ("sampler head", "none"),
+            ("LoRA", "none"),
+            ("serving", f"as the model, with {json.dumps(options)}"),
+        ]
+        return rows + [
+            (f"training: {key}", _text(value)) for key, value in (training if isinstance(training, dict) else {}).items()
+        ]
     return [
         (
             "kind",
             f"{FULL}: a model, and no adapter. It drafts for itself if it was trained to (mtp-lm), which its files do not say",
         ),
-        ("model", f"{sizes}\nfingerprint {facts.fingerprint or 'none'}"),
+        model,
         ("mask tokens", "one token of the vocabulary for all mask rows, mask_token_id; not said which, nor how many were trained"),
         ("sampler head", "none"),
         ("LoRA", "none"),

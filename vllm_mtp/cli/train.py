@@ -20,14 +20,19 @@ EPILOG = """Examples:
 
     vllm-mtp train --config run.yaml --steps 40000
 
-The adapter is written to OUTPUT/adapter. A killed run goes on from its last checkpoint when the same command is given again.
+    vllm-mtp train --recipe self-distill --base model/ --data problems.jsonl --output runs/distilled --mask-tokens 15
+
+    vllm-mtp train --recipe self-distill --tuning full --base model/ --data problems.jsonl --output runs/full --mask-tokens 15
+
+The adapter is written to OUTPUT/adapter, with --tuning full the model to OUTPUT/model. A killed run goes on from its last
+checkpoint when the same command is given again.
 """
 FLAGS = {"eval_data": "--prompts"}
 """Of fields that are not named as their flag."""
 
 
 def train(context: typer.Context, config: Path | None, **_: Any) -> None:
-    """Train mask tokens, gated LoRA and the sampler head on a frozen base model, and write the adapter."""
+    """Train mask tokens, gated LoRA and the sampler head on a frozen base model, and write the adapter; or the model whole."""
     from pydantic import ValidationError
 
     given = {name: context.params[name] for name in context.params if _is_given(context, name)}
@@ -54,7 +59,7 @@ def train(context: typer.Context, config: Path | None, **_: Any) -> None:
     except (ValueError, OSError) as error:
         _fail(str(error).splitlines()[0])
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"adapter written to {folder}")
+        typer.echo(f"{'model' if checked.tuning == 'full' else 'adapter'} written to {folder}")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

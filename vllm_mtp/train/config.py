@@ -1,11 +1,20 @@
 """Every option of training, with its default and limits: the one place that knows their names."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from vllm_mtp.config import MAX_MASK_TOKENS, StrictModel
+
+RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gated-lora": {},
+    "self-distill": {"targets": "argmax", "groups": 16, "loss": {"consistency": 0.0}},
+}
+FULL_DEFAULTS: dict[str, Any] = {"sampler": False, "learning_rate": 1e-5}
+"""What is otherwise than the fields' own defaults where nothing is given."""
+ADAPTER_ONLY = {"rank", "alpha", "train_mask_embeddings", "sampler_residual", "init_adapter"}
+"""Options without a use where all weights are trained."""
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -17,11 +26,13 @@ class LossWeights(StrictModel):
     plain_head: Weight = 1.0
     """Cross-entropy of the unembedding on mask states; it chooses the candidates that the sampler head scores."""
     sampler_head: Weight = 1.0
-    """Cross-entropy of the sampler head, teacher-forced on the text."""
+    """Cross-entropy of the sampler head, teacher-forced on the text; self-distill: on its own drafts."""
     consistency: Weight = 1.0
-    """(real - mask)^2, mean over the width, between the states of a real row and a mask row that predict the same token."""
+    """(real - mask)^2, mean over the width, between the states of a real row and a mask row that predict the same token.
+    self-distill: 0 by default, and the real rows are the teacher's."""
     position_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Mask token i counts position_decay^(i-1): a draft is worth nothing unless all before it are accepted."""
+    """Mask token i counts position_decay^(i-1): a draft is worth nothing unless all before it are accepted. self-distill: slot i,
+    where slot 0 is the row before the mask tokens, counts position_decay^i."""
 
 
 class TrainConfig(StrictModel):
@@ -44,8 +55,17 @@ class TrainConfig(StrictModel):
     eval_prompts: Positive = 48
     """How many of them."""
 
+    recipe: Literal["gated-lora", "self-distill"] = "gated-lora"
+    """gated-lora: mask rows learn what the base says of a text (*Your LLM Knows the Future*). self-distill: what the frozen base
+    says of the tokens that they draft themselves (*Multi-Token Prediction via Self-Distillation*)."""
+    tuning: Literal["lora", "full"] = "lora"
+    """lora: gated LoRA learns, and the base stays as it is. full, with self-distill: all weights of the base and one mask token in
+    a slot of its vocabulary; the output is a model that drafts for itself, and its own text differs from the base's."""
+    mask_token_id: Annotated[int | None, Field(ge=0)] = None
+    """With `tuning` full, the slot of the vocabulary for the mask token; None: the first that the tokenizer does not use."""
+
     mask_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)] = 8
-    """k, the most drafts that the adapter can give."""
+    """k, the most drafts that the adapter can give. self-distill: each step draws their number, from 1 to this."""
     rank: Positive = 32
     """LoRA's rank, on every linear layer that `causal_lm.linears` finds."""
     alpha: Positive | None = None
@@ -53,20 +73,21 @@ class TrainConfig(StrictModel):
     train_mask_embeddings: bool = True
     """False: mask embeddings stay as they began."""
     sampler: bool = True
-    """Train a sampler head."""
+    """Train a sampler head; with `tuning` full there is none."""
     sampler_residual: bool = True
     """As `residual` of the adapter's sampler head."""
 
     length: Annotated[int, Field(ge=8)] = 256
     """Real tokens in a sequence."""
     groups: Positive = 32
-    """Groups of mask tokens behind random rows of a sequence; all share its one forward of real rows."""
+    """Groups of mask tokens behind random rows of a sequence; all share its one forward of real rows. self-distill, 16 by default:
+    regions of a sequence, each of `length` / `groups` rows, its mask tokens included."""
     batch_size: Positive = 8
     """Sequences a step."""
     steps: Positive = 2000
     """Optimizer steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """AdamW's highest rate; it falls linearly after the warm-up."""
+    """AdamW's highest rate; it falls linearly after the warm-up. 1e-5 by default with `tuning` full."""
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the learning rate that is left after the linear decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
@@ -76,7 +97,8 @@ class TrainConfig(StrictModel):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     targets: Literal["distribution", "argmax", "text"] = "distribution"
-    """What mask rows learn: the base's next-token distribution at the real row of the same position, its argmax, or the text."""
+    """What mask rows learn: the base's next-token distribution at the real row of the same position, its argmax, or the text.
+    self-distill: the teacher's argmax (hard, the default) or its distribution (soft, a KL divergence)."""
     loss: LossWeights = LossWeights()
     """What each term of the loss counts; see below."""
 
@@ -111,6 +133,41 @@ class TrainConfig(StrictModel):
     @classmethod
     def _one_is_enough(cls, value: object) -> object:
         return (value,) if isinstance(value, str | Path) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_recipe(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        defaults = RECIPE_DEFAULTS.get(str(values.get("recipe")), {})
+        if values.get("tuning") == "full":
+            defaults = {**defaults, **FULL_DEFAULTS}
+        loss = values.get("loss", {})
+        if isinstance(loss, LossWeights):
+            loss = loss.model_dump(exclude_unset=True)
+        both = {"loss": {**defaults["loss"], **loss}} if "loss" in defaults and isinstance(loss, dict) else {}
+        return {**defaults, **values, **both}
+
+    @model_validator(mode="after")
+    def _options_fit_the_recipe(self) -> "TrainConfig":
+        if self.tuning == "full":
+            if self.recipe != "self-distill":
+                raise ValueError("tuning=full is for recipe=self-distill: the other one leaves the base as it is")
+            if unused := sorted(ADAPTER_ONLY & self.model_fields_set):
+                raise ValueError(f"{unused[0]} is for an adapter, and tuning=full trains the model itself: leave it out")
+            if self.sampler:
+                raise ValueError("tuning=full has no sampler head, for a full checkpoint has no place for one: leave it out")
+        elif self.mask_token_id is not None:
+            raise ValueError("mask_token_id is for tuning=full: an adapter has mask embeddings of its own")
+        if self.recipe == "self-distill":
+            if self.targets == "text":
+                raise ValueError("recipe=self-distill learns nothing of the text: ask for targets=argmax or distribution")
+            if self.length // self.groups <= self.mask_tokens:
+                raise ValueError(
+                    f"a region of length={self.length} / groups={self.groups} rows has no place for a token and "
+                    f"{self.mask_tokens} mask tokens: ask for fewer groups or more length"
+                )
+        return self
 
     @model_validator(mode="after")
     def _groups_fit(self) -> "TrainConfig":

@@ -164,6 +164,9 @@ class Sequences(Dataset):
     Texts are learned in windows of their stream. A chat is a sequence of its own, padded on the right; of a longer one, a window.
     Texts and chats are drawn in proportion to the tokens that can be learned from.
 
+    Groups stand behind random rows. With self-distill they end regions: as many real rows lie between two groups as their mask
+    tokens leave of a region, and the sequences of a step have one number of mask tokens and one offset.
+
     Args:
         corpus: tokens of the documents.
         on_policy: sequences that the base continued: `input_ids` [N, T] padded on the right, `lengths` [N], `prompt_lengths` [N].
@@ -180,14 +183,16 @@ class Sequences(Dataset):
                 f"The data has {len(corpus.stream)} tokens, not one sequence of {config.length}: give more, or a smaller length."
             )
         self.corpus, self.on_policy, self.config = corpus, on_policy, config
+        self.region = config.length // config.groups  # rows of one, with self-distill
 
     def __len__(self) -> int:
         return self.config.steps * self.config.batch_size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`input_ids` [T], `lengths` [], `answers` [T] (what may be a label), `prefix_lengths` [G]."""
+        """`input_ids` [T], `lengths` [], `answers` [T] (what may be a label), `prefix_lengths` [G]; self-distill: `slots` [k]."""
         config, corpus, generator = self.config, self.corpus, torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
         T = config.length
+        num_masks, offset = self._step(index // config.batch_size) if config.recipe == "self-distill" else (0, 0)
 
         def draw(low: int, high: int) -> int:
             return int(torch.randint(low, high, (1,), generator=generator))
@@ -204,10 +209,20 @@ class Sequences(Dataset):
         else:
             start, length = draw(0, self.num_text - T), T
             ids = corpus.stream[start : start + T]
-            rows = torch.arange(1, T - config.mask_tokens)
-        chosen = rows[torch.randperm(len(rows), generator=generator)[: config.groups]]
+            rows = torch.arange(1, T - (num_masks or config.mask_tokens))
+        if num_masks:
+            chosen = rows[offset % len(rows) :: self.region - num_masks][: config.groups]
+        else:
+            chosen = rows[torch.randperm(len(rows), generator=generator)[: config.groups]]
         prefix_lengths = chosen.repeat(-(-config.groups // len(chosen)))[: config.groups]
-        return {"input_ids": ids, "lengths": torch.tensor(length), "answers": answers, "prefix_lengths": prefix_lengths}
+        item = {"input_ids": ids, "lengths": torch.tensor(length), "answers": answers, "prefix_lengths": prefix_lengths}
+        return {**item, "slots": torch.arange(num_masks + 1)} if num_masks else item
+
+    def _step(self, step: int) -> tuple[int, int]:
+        """What self-distill draws for each step: the number of mask tokens, and the offset of the regions' ends."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 - 1 - step)
+        num_masks = int(torch.randint(1, self.config.mask_tokens + 1, (1,), generator=generator))
+        return num_masks, int(torch.randint(self.region - num_masks, (1,), generator=generator))
 
     def _chat(self, draw: Callable[[int, int], int]) -> tuple[torch.Tensor, torch.Tensor, int]:
         """A chat, or a window of one: tokens [T], which of them are answers [T], and the number that are not padding."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_mtp.outputs import Output, acceptance_length, loops, novel
-from vllm_mtp.train.model import MaskedModel
+from vllm_mtp.train.model import TrainedModel
 
 LAYOUTS = ("quadratic", "linear")
 
@@ -44,7 +44,7 @@ def emitted(drafts: list[list[int]], text: list[int], prompt_length: int, k: int
 
 
 @torch.no_grad()
-def draft_table(model: MaskedModel, text: torch.Tensor, prompt_length: int, with_sampler: bool) -> list[list[int]]:
+def draft_table(model: TrainedModel, text: torch.Tensor, prompt_length: int, with_sampler: bool) -> list[list[int]]:
     """Drafts [rows, K] of the groups behind every row from the prompt's last to the text's last but one, as `emitted` takes them.
 
     The token that the row itself predicts is the text's: the sampler head starts from it and goes on with its own drafts.
@@ -61,7 +61,7 @@ def draft_table(model: MaskedModel, text: torch.Tensor, prompt_length: int, with
 
 
 def decoded(
-    model: MaskedModel,
+    model: TrainedModel,
     texts: Sequence[torch.Tensor],
     prompt_lengths: Sequence[int],
     budgets: Collection[int],
@@ -80,7 +80,7 @@ def decoded(
     for ids, prompt_length in zip(texts, prompt_lengths, strict=True):
         text = ids.tolist()
         for head in ("sampler", "plain") if model.sampler is not None else ("plain",):
-            drafts = draft_table(model, ids.to(model.mask_embeddings.device), prompt_length, head == "sampler")
+            drafts = draft_table(model, ids.to(model.base.device), prompt_length, head == "sampler")
             for layout in layouts:
                 for k in budgets:
                     steps = emitted(drafts, text, prompt_length, k, layout)
@@ -88,12 +88,12 @@ def decoded(
     return dict(outputs)
 
 
-def tokens_per_forward(model: MaskedModel, texts: Sequence[torch.Tensor], prompt_lengths: Sequence[int]) -> dict[str, float]:
+def tokens_per_forward(model: TrainedModel, texts: Sequence[torch.Tensor], prompt_lengths: Sequence[int]) -> dict[str, float]:
     """Mean tokens per forward after the prompt's, by layout, head and k: 1 to 8, 16, 32 and the number of mask tokens.
 
     `.novel` counts each text only up to where it begins to repeat itself, `.free` only texts that do not loop.
     """
-    K = len(model.mask_embeddings)
+    K = model.options.mask_tokens
     means: dict[str, float] = {}
     looping = 0
     for (layout, head, k), outputs in decoded(

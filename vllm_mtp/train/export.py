@@ -1,18 +1,23 @@
-"""From a model in training to an adapter folder, and back."""
+"""From a model in training to an adapter folder, and back; or to a full checkpoint, a model that drafts for itself."""
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from vllm_mtp.adapter import Adapter, LoRAWeights, base_facts, check_base, read_adapter, write_adapter
 from vllm_mtp.config import AdapterConfig, SamplerConfig
+from vllm_mtp.foreign import TRAINING_FILE, check_checkpoint
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.model import MaskedModel
+from vllm_mtp.train.self_distill import FullStudent
+from vllm_mtp.whole_files import whole_folder
 
 
 def lora_weights(model: MaskedModel, dtype: torch.dtype) -> dict[str, LoRAWeights]:
@@ -34,16 +39,54 @@ def export(model: MaskedModel, folder: Path, figures: dict[str, object]) -> Path
         figures: further provenance, for example losses and tokens per forward.
     """
     config, dtype = model.options, torch.bfloat16
-    versions = {package.__name__: package.__version__ for package in (torch, transformers, peft)}
-    options = config.model_dump(mode="json", exclude={"base", "base_name", "data", "output", "eval_data"})
     adapter = AdapterConfig(
         num_mask_tokens=config.mask_tokens,
         base=base_facts(config.base, config.base_name),
         sampler=SamplerConfig(residual=config.sampler_residual) if config.sampler else None,
-        training={"options": options, "versions": versions, **figures},
+        training=_provenance(config, figures),
     )
     sampler = copy.deepcopy(model.sampler).to(dtype) if model.sampler is not None else None
     write_adapter(folder, adapter, lora_weights(model, dtype), model.mask_embeddings.to(dtype), sampler)
+    return folder
+
+
+def _provenance(config: TrainConfig, figures: dict[str, object]) -> dict[str, object]:
+    options = config.model_dump(mode="json", exclude={"base", "base_name", "data", "output", "eval_data"})
+    versions = {package.__name__: package.__version__ for package in (torch, transformers, peft)}
+    return {"options": options, "versions": versions, **figures}
+
+
+def export_checkpoint(model: FullStudent, tokenizer: PreTrainedTokenizerBase, folder: Path, figures: dict[str, object]) -> Path:
+    """Write the folder of a model that was trained whole, in the dtype of its base, as `foreign.read_foreign` reads it.
+
+    Beside the model stands `foreign.TRAINING_FILE`, which says what its other files do not: the mask token and how it was trained.
+
+    Args:
+        model: as it stands.
+        tokenizer: the base's.
+        folder: where to; a folder that was written so is replaced.
+        figures: as `export`'s.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    if folder.exists() and not (folder / TRAINING_FILE).is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and was not written by training: choose another folder.")
+    config = model.options
+    trained = {
+        "mask_token_id": model.mask_token_id,
+        "num_mask_tokens": config.mask_tokens,
+        "base": base_facts(config.base, config.base_name).model_dump(),
+        "training": _provenance(config, figures),
+    }
+    dtype = AutoConfig.from_pretrained(config.base).dtype or torch.bfloat16
+    with whole_folder(folder) as part:
+        whole: Any = copy.deepcopy(model.base)
+        whole.to(dtype).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        (part / TRAINING_FILE).write_text(json.dumps(trained, indent=2) + "\n", encoding="utf-8")
+        check_checkpoint(part)
     return folder
 
 

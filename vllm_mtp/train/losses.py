@@ -19,10 +19,11 @@ def _mean_over_processes(total: torch.Tensor) -> torch.Tensor:
 
 def masked_losses(
     unembed: Callable[[torch.Tensor], torch.Tensor],
+    predict: Callable[[torch.Tensor], torch.Tensor],
     teacher: torch.Tensor,
     z: torch.Tensor,
     sampled: torch.Tensor | None,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     counts: torch.Tensor,
     config: TrainConfig,
 ) -> dict[str, torch.Tensor]:
@@ -30,10 +31,11 @@ def masked_losses(
 
     Args:
         unembed: states to logits.
-        teacher: states of the real rows that predict the same labels, shape [B, G, K, d].
+        predict: the teacher's states to its logits.
+        teacher: states of the teacher's rows that predict the same labels, shape [B, G, K, d].
         z: states of the mask rows, shape [B, G, K, d].
         sampled: output states of the sampler head, shape [B, G, K, d]; None without one.
-        labels: the text's tokens, shape [B, G, K].
+        labels: the text's tokens, shape [B, G, K]; None where these are not the targets.
         counts: which mask rows have a label, shape [B, G, K].
         config: weights and kind of targets.
     """
@@ -42,15 +44,18 @@ def masked_losses(
     weight = weight / _mean_over_processes(weight.sum())
 
     if config.targets == "distribution":
-        target = unembed(teacher).float().softmax(-1)
+        target = predict(teacher).float().softmax(-1)
+        # What makes a KL divergence of the cross-entropy; gradients are the same.
+        entropy = torch.special.entr(target).sum(-1) if config.recipe == "self-distill" else 0
     elif config.targets == "argmax":
-        labels = unembed(teacher).argmax(-1)
+        labels = predict(teacher).argmax(-1)
 
     def cross_entropy(states: torch.Tensor) -> torch.Tensor:
         logits = unembed(states).float()
         if config.targets == "distribution":
-            rows = logits.logsumexp(-1) - (target * logits).sum(-1)
+            rows = logits.logsumexp(-1) - (target * logits).sum(-1) - entropy
         else:
+            assert labels is not None
             rows = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
         return (weight * rows).sum()
 

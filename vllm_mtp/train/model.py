@@ -6,6 +6,9 @@ construction, n prefixes cost one forward of real rows, and the backward pass to
 """
 
 import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,7 +28,109 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-class MaskedModel(nn.Module):
+def with_group_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """A model over the same weights for rows of groups."""
+    groups = shared_copy(model)
+    groups.set_attn_implementation(group_attention.NAME)
+    return groups
+
+
+def read(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
+    """Final-norm states of real rows [B, T, d], and the keys and values that rows behind them read."""
+    # A cache of its own choosing would drop what is outside of a sliding window, which earlier groups still see.
+    out = model.get_decoder()(input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
+    return out.last_hidden_state, out.past_key_values
+
+
+def read_groups(
+    model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tensor, cache: DynamicCache, num_real: int
+) -> torch.Tensor:
+    """Final-norm states of groups' rows [B, G, K, d].
+
+    Args:
+        model: what `with_group_attention` made, with LoRA or without.
+        rows: what enters the first layer, shape [B, G, K, d].
+        prefix_lengths: L of each group; its rows stand at positions L .. L+K-1 and see real rows 0 .. L-1, shape [B, G].
+        cache: what `read` left of the real rows; it is left as it was.
+        num_real: T, their number.
+    """
+    B, G, K, _ = rows.shape
+    positions = prefix_lengths[..., None] + torch.arange(K, device=rows.device)
+    hidden = torch.arange(num_real, device=rows.device) >= prefix_lengths[..., None]
+    bias = torch.zeros_like(hidden, dtype=rows.dtype).masked_fill(hidden, torch.finfo(torch.bfloat16).min)
+    out = model.get_decoder()(  # type: ignore[operator]
+        inputs_embeds=rows.flatten(1, 2),
+        position_ids=positions.flatten(1),
+        attention_mask=bias[:, None],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    cache.crop(-G * K)
+    return out.last_hidden_state.view(B, G, K, -1)
+
+
+class TrainedModel(nn.Module, ABC):
+    """What every recipe trains.
+
+    Attributes:
+        options: of training.
+        base: the model that reads real rows; it defines what is right.
+        embed, unembed: its embedding, and states to logits.
+        sampler: the sampler head, None without one.
+    """
+
+    options: TrainConfig
+    base: PreTrainedModel
+    embed: nn.Module
+    unembed: Callable[[torch.Tensor], torch.Tensor]
+    sampler: SamplerHead | None
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode: mask rows learn from a base without dropout, as it is served."""
+        return super().train(False)
+
+    def trainable(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor of everything that training owns."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set what `trainable` returned; ValueError when it was another model's."""
+        own = dict(self.named_parameters())
+        wanted = {name: tensor.shape for name, tensor in self.trainable().items()}
+        for name in sorted(wanted.keys() | tensors.keys()):
+            if name not in wanted or name not in tensors or tensors[name].shape != wanted[name]:
+                raise ValueError(f"the checkpoint was written with other options: {name} differs")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+    @abstractmethod
+    def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
+        """What `read` gives of real rows, with gradients where they are trained."""
+
+    @abstractmethod
+    def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: DynamicCache, real: torch.Tensor) -> torch.Tensor:
+        """Final-norm states of so many mask rows of each group [B, G, num_masks, d].
+
+        Args:
+            prefix_lengths: as in `states`.
+            num_masks: at most `options.mask_tokens`.
+            cache, real: what `read_real` gave.
+        """
+
+    def states(self, input_ids: torch.Tensor, prefix_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final-norm states of the real rows [B, T, d] and of the groups' mask rows [B, G, K, d].
+
+        Args:
+            input_ids: token ids, shape [B, T].
+            prefix_lengths: L of each group, at least 1; its mask tokens stand at positions L .. L+K-1 and see real
+                rows 0 .. L-1, shape [B, G].
+        """
+        real, cache = self.read_real(input_ids)
+        return real, self.mask_states(prefix_lengths, self.options.mask_tokens, cache, real)
+
+
+class MaskedModel(TrainedModel):
     """Mask embeddings, gated LoRA and sampler head around a frozen base.
 
     Args:
@@ -42,8 +147,7 @@ class MaskedModel(nn.Module):
         attend_as_defined(base)
         self.options = config
         self.base = base.requires_grad_(False).eval()
-        student = shared_copy(base)
-        student.set_attn_implementation(group_attention.NAME)
+        student = with_group_attention(base)
         lora = LoraConfig(
             r=config.rank, lora_alpha=config.alpha or 2 * config.rank, target_modules=list(linears(student)), task_type="CAUSAL_LM"
         )
@@ -56,54 +160,17 @@ class MaskedModel(nn.Module):
         self.mask_embeddings = nn.Parameter(masks, requires_grad=config.train_mask_embeddings)
         self.sampler = SamplerHead(width, config.sampler_residual).to(base.device) if config.sampler else None
 
-    def train(self, mode: bool = True) -> "MaskedModel":
-        """Stays in evaluation mode: mask rows learn from a base without dropout, as it is served."""
-        return super().train(False)
-
     def trainable(self) -> dict[str, torch.Tensor]:
         """Name -> tensor of everything that training owns, frozen mask embeddings included."""
-        own = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-        return {**own, "mask_embeddings": self.mask_embeddings.detach()}
+        return {**super().trainable(), "mask_embeddings": self.mask_embeddings.detach()}
 
-    def load_trainable(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set what `trainable` returned; ValueError when it was another model's."""
-        own = dict(self.named_parameters())
-        wanted = {name: tensor.shape for name, tensor in self.trainable().items()}
-        for name in sorted(wanted.keys() | tensors.keys()):
-            if name not in wanted or name not in tensors or tensors[name].shape != wanted[name]:
-                raise ValueError(f"the checkpoint was written with other options: {name} differs")
+    def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+            return read(self.base, input_ids)
 
-    def states(self, input_ids: torch.Tensor, prefix_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final-norm states of the real rows [B, T, d] and of the groups' mask rows [B, G, K, d].
-
-        Args:
-            input_ids: token ids, shape [B, T].
-            prefix_lengths: L of each group, at least 1; its mask tokens stand at positions L .. L+K-1 and see real
-                rows 0 .. L-1, shape [B, G].
-        """
-        (B, T), G, K = input_ids.shape, prefix_lengths.shape[1], len(self.mask_embeddings)
-        with torch.no_grad():
-            # A cache of its own choosing would drop what is outside of a sliding window, which earlier groups still see.
-            out = self.base.get_decoder()(input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
-        rows = self.mask_embeddings.to(out.last_hidden_state.dtype).expand(B, G, -1, -1).reshape(B, G * K, -1)
-        positions = prefix_lengths[..., None] + torch.arange(K, device=input_ids.device)
-        hidden = torch.arange(T, device=input_ids.device) >= prefix_lengths[..., None]
-        bias = torch.zeros_like(hidden, dtype=rows.dtype).masked_fill(hidden, torch.finfo(torch.bfloat16).min)
-        z = (
-            self.student.get_base_model()
-            .get_decoder()(  # type: ignore[operator]
-                inputs_embeds=rows,
-                position_ids=positions.flatten(1),
-                attention_mask=bias[:, None],
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
-            .last_hidden_state
-        )
-        return out.last_hidden_state, z.view(B, G, K, -1)
+    def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: DynamicCache, real: torch.Tensor) -> torch.Tensor:
+        rows = self.mask_embeddings[:num_masks].to(real.dtype).expand(*prefix_lengths.shape, -1, -1)
+        return read_groups(self.student.get_base_model(), rows, prefix_lengths, cache, real.shape[1])
 
     def forward(
         self,
@@ -131,4 +198,4 @@ class MaskedModel(nn.Module):
         teacher = real.gather(1, at[..., None].expand(-1, -1, real.shape[-1])).view_as(z)
         previous, labels = input_ids.gather(1, at).view(counts.shape), input_ids.gather(1, at + 1).view(counts.shape)
         sampled = self.sampler(self.embed(previous), z) if self.sampler is not None else None
-        return masked_losses(self.unembed, teacher, z, sampled, labels, counts, self.options)
+        return masked_losses(self.unembed, self.unembed, teacher, z, sampled, labels, counts, self.options)

@@ -4,8 +4,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -13,16 +14,17 @@ from accelerate import PartialState
 from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from vllm_mtp.adapter import fingerprint_folder, read_adapter
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.curves import LOSSES, write_history
 from vllm_mtp.train.data import Corpus, Sequences, first_prompts, read_corpus
 from vllm_mtp.train.documents import BadLines, DataError, read_documents
-from vllm_mtp.train.export import export, load_adapter
-from vllm_mtp.train.model import MaskedModel
+from vllm_mtp.train.export import export, export_checkpoint, load_adapter
+from vllm_mtp.train.model import MaskedModel, TrainedModel
 from vllm_mtp.train.on_policy import continue_prompts, end_tokens, on_policy_sequences
+from vllm_mtp.train.self_distill import FullStudent, GatedStudent, add_mask_token
 from vllm_mtp.train.trainer import MaskTrainer, last_checkpoint
 from vllm_mtp.whole_files import whole, write_whole
 
@@ -35,7 +37,8 @@ FREE_OPTIONS = {
 
 
 def train(config: TrainConfig) -> Path:
-    """Train an adapter and write it to `config.output / "adapter"`; a killed run goes on from its last checkpoint.
+    """Train an adapter and write it to `config.output / "adapter"`, or a model to `config.output / "model"` where all weights
+    learn; returns that folder. A killed run goes on from its last checkpoint.
 
     Under `torchrun` or `accelerate launch` the processes share each step's sequences, and `config.output`.
 
@@ -56,24 +59,28 @@ def train(config: TrainConfig) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.base)
     base = AutoModelForCausalLM.from_pretrained(
         config.base,
-        dtype=torch.bfloat16 if cuda and config.bf16 else torch.float32,
+        dtype=torch.bfloat16 if cuda and config.bf16 and config.tuning == "lora" else torch.float32,
     )
     base.to(processes.device)  # type: ignore[arg-type]
-    model, ends = MaskedModel(base, config), end_tokens(tokenizer, base.generation_config)
+    model, ends = _model(base, tokenizer, config), end_tokens(tokenizer, base.generation_config)
     if config.init_adapter is not None:
+        assert isinstance(model, MaskedModel)
         load_adapter(model, read_adapter(config.init_adapter))
     data, prompts = _data(tokenizer, ends, config, processes)
     data.on_policy = _on_policy(model, data.corpus, ends, processes)
-    # The base never changes, so neither do its continuations.
-    texts = continue_prompts(base, prompts, NEW_TOKENS, ends) if processes.is_main_process else []
+    continued: Callable[[], list[torch.Tensor]] = partial(continue_prompts, base, prompts, NEW_TOKENS, ends)
+    if config.tuning == "lora":  # a base that never changes always continues them in the same way
+        continued = cache(continued)
+        if processes.is_main_process:
+            continued()
 
     if config.compile and not cuda:
         base.set_attn_implementation("eager")  # compiled, it is the faster one on a CPU; generating with it is the slower one
 
-    trainer = _trainer(model, data, texts, [len(prompt) for prompt in prompts], processes.num_processes)
+    trainer = _trainer(model, data, continued, [len(prompt) for prompt in prompts], processes.num_processes)
     start = time.time()
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output))
-    folder = config.output / "adapter"
+    folder = config.output / ("adapter" if config.tuning == "lora" else "model")
     if processes.is_main_process:
         if not trainer.figures:  # the run had ended before
             trainer.evaluate()
@@ -85,13 +92,30 @@ def train(config: TrainConfig) -> Path:
             "tokens_per_forward": trainer.figures,
         }
         write_history(history, config.output)
-        export(model, folder, figures)
+        if isinstance(model, FullStudent):
+            export_checkpoint(model, tokenizer, folder, figures)
+        else:
+            export(model, folder, figures)
     processes.wait_for_everyone()
     return folder
 
 
+def _model(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> MaskedModel | FullStudent:
+    """What the recipe trains."""
+    if config.recipe == "gated-lora":
+        return MaskedModel(base, config)
+    if config.tuning == "lora":
+        return GatedStudent(base, config)
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    return FullStudent(base, config, add_mask_token(base, num_tokens, config.mask_token_id), num_tokens)
+
+
 def _trainer(
-    model: MaskedModel, data: Sequences, texts: Sequence[torch.Tensor], prompt_lengths: Sequence[int], num_processes: int
+    model: MaskedModel | FullStudent,
+    data: Sequences,
+    texts: Callable[[], Sequence[torch.Tensor]],
+    prompt_lengths: Sequence[int],
+    num_processes: int,
 ) -> MaskTrainer:
     config = model.options
     optimizer = torch.optim.AdamW(
@@ -140,8 +164,9 @@ def _claim_output(config: TrainConfig) -> None:
     if file.exists():
         before = json.loads(file.read_text())
         for name, value in options.items():
-            if before.get(name) != value:
-                found = f"{config.output} holds a run with {name}={before.get(name)}, now {value}"
+            earlier = before.get(name, TrainConfig.model_fields[name].default)  # an option that the run was older than
+            if earlier != value:
+                found = f"{config.output} holds a run with {name}={earlier}, now {value}"
                 raise DataError(f"{found}: choose another output, or the same option.")
     write_whole(file, json.dumps(options, indent=2) + "\n")
 
@@ -162,7 +187,7 @@ def _data(
     return data, prompts
 
 
-def _on_policy(model: MaskedModel, corpus: Corpus, ends: Sequence[int], processes: PartialState) -> dict[str, torch.Tensor] | None:
+def _on_policy(model: TrainedModel, corpus: Corpus, ends: Sequence[int], processes: PartialState) -> dict[str, torch.Tensor] | None:
     """Sequences continued by the base, from `OUTPUT/on_policy.safetensors` where an earlier run made the same ones."""
     config = model.options
     if config.on_policy == 0:

@@ -1,7 +1,7 @@
 """transformers' Trainer with checkpoints of what is trained, every term of the loss in the log, and tokens per forward."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vllm_mtp.train.curves import EVALUATED
 from vllm_mtp.train.evaluate import tokens_per_forward
-from vllm_mtp.train.model import MaskedModel
+from vllm_mtp.train.model import TrainedModel
 
 WEIGHTS = "trained.safetensors"
 
@@ -25,11 +25,17 @@ class MaskTrainer(Trainer):
     """Trainer whose checkpoints hold only what is trained, and whose log has every term of the loss and tokens per forward.
 
     Args:
-        texts: held-out prompts with the base's continuations, where the first process is to count tokens per forward.
+        texts: held-out prompts with the model's own continuations, of which the first process counts tokens per forward.
         prompt_lengths: tokens of each prompt.
     """
 
-    def __init__(self, *args: Any, texts: Sequence[torch.Tensor] = (), prompt_lengths: Sequence[int] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        texts: Callable[[], Sequence[torch.Tensor]] = tuple,
+        prompt_lengths: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.terms: dict[str, torch.Tensor] = {}
         self.num_terms = 0
@@ -58,8 +64,8 @@ class MaskTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Tokens per forward: of the quadratic layout and the head that drafts to the log, all of them to `figures`."""
         logged: dict[str, float] = {}
-        if self.texts and self.is_world_process_zero():
-            self.figures = tokens_per_forward(self._masked_model(), self.texts, self.prompt_lengths)
+        if self.prompt_lengths and self.is_world_process_zero():
+            self.figures = tokens_per_forward(self._masked_model(), self.texts(), self.prompt_lengths)
             way = "quadratic.plain." if self._masked_model().sampler is None else "quadratic.sampler."
             shown = {name: value for name, value in self.figures.items() if name.startswith(way) and ".free." not in name}
             logged = {f"{EVALUATED}{name}": value for name, value in shown.items()}
@@ -67,7 +73,7 @@ class MaskTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
         return logged
 
-    def _masked_model(self) -> MaskedModel:
+    def _masked_model(self) -> TrainedModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
