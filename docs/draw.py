@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from vllm_mtp.cli.eval import tokens_per_forward
 from vllm_mtp.layout import Groups, group_lengths, plan_groups
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -123,38 +125,44 @@ def layouts(k: int = 4) -> Figure:
     return figure
 
 
-def acceptance(figures: dict[str, float]) -> Figure:
-    """Tokens a forward by k."""
-    figure = Figure(figsize=(6.4, 3.6))
-    axes = figure.subplots()
-    for name, label, colour, line in (
-        ("quadratic.sampler", "quadratic, sampler head", REAL, "-o"),
-        ("quadratic.sampler.novel", "the same, novel text only", REAL, "--o"),
-        ("quadratic.plain", "quadratic, plain head", ACCEPTED, "-s"),
-        ("linear.sampler", "linear, sampler head", MASK, "-^"),
-    ):
-        points = {int(key.rpartition(".")[2]): value for key, value in figures.items() if key.rpartition(".")[0] == name}
-        axes.plot(list(points), list(points.values()), line, color=colour, label=label)
-    axes.axhline(1, color=QUIET, linewidth=1, label="plain decoding")
-    axes.set_xticks([1, 2, 4, 8])
-    axes.set_ylim(0.9)
-    axes.set_xlabel("k, drafts a step")
-    axes.set_ylabel("tokens a forward")
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+def acceptance(report: dict[str, Any]) -> Figure:
+    """Tokens a forward by k, a plot for each domain."""
+    ways = (
+        ("quadratic", "sampler", "all", "quadratic, sampler head", REAL, "-o"),
+        ("quadratic", "sampler", "novel", "the same, novel text only", REAL, "--o"),
+        ("quadratic", "plain", "all", "quadratic, plain head", ACCEPTED, "-s"),
+        ("linear", "sampler", "all", "linear, sampler head", MASK, "-^"),
+    )
+    budgets = [1, 2, 4, 8]
+    figure = Figure(figsize=(9.2, 3.2))
+    every = figure.subplots(1, len(report["domains"]), sharey=True)
+    for axes, domain in zip(every, report["domains"], strict=True):
+        for layout, head, part, label, colour, line in ways:
+            values = [tokens_per_forward(report, domain, layout, head, k, part) or math.nan for k in budgets]
+            axes.plot(budgets, values, line, color=colour, label=label)
+        axes.axhline(1, color=QUIET, linewidth=1, label="plain decoding")
+        axes.set_title(domain, fontsize=10)
+        axes.set_xticks(budgets)
+        axes.set_ylim(0.9)
+        axes.set_xlabel("k, drafts a step")
+    every[0].set_ylabel("tokens a forward")
+    every[-1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def speed(report: dict[str, Any]) -> Figure:
     """Tokens a second against plain vLLM's, by clients, every pair of runs a point."""
-    figure = Figure(figsize=(6.4, 2.4))
+    figure = Figure(figsize=(6.4, 3.2))
     axes = figure.subplots()
-    clients = [comparison["concurrency"] for comparison in report["comparisons"]]
-    for row, comparison in enumerate(report["comparisons"]):
+    clients = {one["concurrency"]: one for one in report["comparisons"]}
+    parts = {f"1 client, {name}": part for name, part in report["domains"].items()}
+    shown = {**parts, **{"1 client" if n == 1 else f"{n} clients": one for n, one in clients.items()}}
+    for row, comparison in enumerate(shown.values()):
         axes.plot(comparison["runs"]["ratios"], [row] * len(comparison["runs"]["ratios"]), "o", color=REAL, alpha=0.5)
         axes.plot(comparison["ratio"], row, "|", color=REAL, markersize=22, markeredgewidth=2)
     axes.axvline(1, color=QUIET, linewidth=1)
-    axes.set_yticks(range(len(clients)), ["1 client" if n == 1 else f"{n} clients" for n in clients])
-    axes.set_ylim(-0.6, len(clients) - 0.4)
+    axes.set_yticks(range(len(shown)), list(shown))
+    axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel("tokens a second over plain vLLM's: each pair of runs, and their median")
     return figure
 
@@ -163,7 +171,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "step.svg": step,
     "attention.svg": attention,
     "layouts.svg": layouts,
-    "acceptance.svg": lambda: acceptance(json.loads((RESULTS / "acceptance_greedy.json").read_text())),
+    "acceptance.svg": lambda: acceptance(json.loads((RESULTS / "eval.json").read_text())),
     "speed.svg": lambda: speed(json.loads((RESULTS / "demo.json").read_text())),
 }
 

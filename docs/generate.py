@@ -3,9 +3,10 @@
 A generated part stands in a page between two comments with its name; what is around it is written by hand.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 from tests import feature_table, version_table
 from vllm_mtp import compat, contract
 from vllm_mtp.bench.config import BenchConfig, Method
+from vllm_mtp.cli.eval import tokens_per_forward
 from vllm_mtp.cli.main import app
 from vllm_mtp.config import AdapterConfig, BaseFacts, SamplerConfig, ServingDefaults, ServingOptions
 from vllm_mtp.requirements import Called, CallsUs, EitherOf, Has, Imported, Mentions, Replaced, Subclassed, Takes
@@ -41,8 +43,6 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def values(schema: dict[str, Any]) -> str:
     """What a JSON schema allows, in words."""
-    if not schema:
-        return "anything"
     if "anyOf" in schema:
         return " or ".join(values(one) for one in schema["anyOf"] if one != {"type": "null"})
     if "$ref" in schema:
@@ -51,7 +51,7 @@ def values(schema: dict[str, Any]) -> str:
         return f"`{schema['const']}`"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
-    kind = schema["format"] if "format" in schema else schema["type"]
+    kind = schema.get("format") or schema.get("type", "anything")
     if kind == "array":
         return f"list, each {'' if not schema['items'] else 'a '}{values(schema['items'])}"
     words = {
@@ -188,6 +188,27 @@ def measured(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+DRAFTS = (1, 2, 4, 8)
+
+
+def acceptance_rows(ways: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """Rows of tokens a forward by k, for layouts and heads: all text and novel text of every domain."""
+    report = measured("eval.json")
+    rows = []
+    for layout, head in ways:
+        for domain in report["domains"]:
+            for part, words in (("all", ""), ("novel", ", novel")):
+                found = [tokens_per_forward(report, domain, layout, head, k, part) for k in DRAFTS]
+                cells = ["-" if value is None else f"{value:.2f}" for value in found]
+                rows.append([f"{domain}{words}", f"{layout}, {head} head", *cells])
+    return rows
+
+
+def acceptance(*ways: tuple[str, str]) -> str:
+    """The table of `vllm-mtp eval` on the demo's prompts."""
+    return table(["text", "layout, head", *(f"k = {k}" for k in DRAFTS)], acceptance_rows(ways))
+
+
 def speed() -> str:
     """The table of `vllm-mtp demo`, and what it was measured on."""
     report = measured("demo.json")
@@ -248,7 +269,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "features.md": {"features": lambda: feature_table.table(feature_table.rows())},
     "hooks.md": {"hooks": hooks, "contract": relied_on},
     "benchmark.md": {"linear layers": linear_layers},
-    "../README.md": {"speed": speed},
+    "../README.md": {"acceptance": lambda: acceptance(("quadratic", "sampler")), "speed": speed},
+    "../vllm_mtp/demo/MODEL_CARD.md": {
+        "acceptance": lambda: acceptance(*itertools.product(("quadratic", "linear"), ("sampler", "plain"))),
+    },
     "support.md": {"versions": lambda: version_table.table(json.loads(version_table.RESULTS.read_text(encoding="utf-8")))},
 }
 
