@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
 from benchmarks.baselines.data import sequences, unused_token
 from benchmarks.baselines.draft import Draft, ParallelDraft
@@ -34,6 +33,7 @@ from vllm_mtp.whole_files import write_whole
 METHODS: dict[str, type[Drafter]] = {"eagle": Eagle, "eagle3": Eagle3, "medusa": Medusa, "draft": Draft, "pard": ParallelDraft}
 LEARNING_RATES = {"eagle": 1e-3, "eagle3": 1e-3, "medusa": 1e-3, "draft": 3e-3, "pard": 3e-3}
 WARMUP_STEPS, FINAL_LEARNING_RATE = 50, 0.05  # as the adapter's
+BUDGET = "budget.json"
 
 
 @dataclass
@@ -45,16 +45,12 @@ class Limits:
     minutes: float | None = None
 
 
-class Budget(TrainerCallback, ExportableState):
-    """Counts tokens and seconds, over resumed runs too, and ends training at a limit."""
+class Budget(TrainerCallback):
+    """Counts tokens and seconds, and ends training at a limit."""
 
-    def __init__(self, steps: int | None = None, tokens: int | None = None, minutes: float | None = None) -> None:
-        self.limits = Limits(steps, tokens, minutes)
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.num_tokens, self.seconds, self.since = 0, 0.0, 0.0
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": vars(self.limits), "attributes": {"num_tokens": self.num_tokens, "seconds": self.seconds}}
 
     def done(self, steps: int) -> float:
         """Share of the budget that is used up after so many steps."""
@@ -73,16 +69,24 @@ class Budget(TrainerCallback, ExportableState):
 
 
 class BaselineTrainer(MaskTrainer):
-    """Counts the tokens of each step's sequences."""
+    """Counts the tokens of each step's sequences; a checkpoint keeps the counts."""
+
+    def __init__(self, *args: Any, budget: Budget, **kwargs: Any) -> None:
+        super().__init__(*args, callbacks=[budget], **kwargs)
+        self.budget = budget
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.budget.num_tokens += int(inputs["lengths"].sum())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    @property
-    def budget(self) -> Budget:
-        """The callback; resuming puts another one in the place of the first."""
-        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Budget))
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        counts = {"num_tokens": self.budget.num_tokens, "seconds": self.budget.seconds}
+        (Path(output_dir or str(self.args.output_dir)) / BUDGET).write_text(json.dumps(counts))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        vars(self.budget).update(json.loads((Path(resume_from_checkpoint) / BUDGET).read_text()))
 
 
 def train(
@@ -134,10 +138,12 @@ def train(
     rate = learning_rate or LEARNING_RATES[method]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
 
-    def factor(step: int) -> float:
-        return min((step + 1) / WARMUP_STEPS, 1 - (1 - FINAL_LEARNING_RATE) * trainer.budget.done(step))
+    budget = Budget(limits)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / WARMUP_STEPS)
+    def factor(step: int) -> float:
+        return min((step + 1) / WARMUP_STEPS, 1 - (1 - FINAL_LEARNING_RATE) * budget.done(step))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     batch = dataset.config.batch_size
     trainer = BaselineTrainer(
         model,
@@ -155,25 +161,22 @@ def train(
             seed=dataset.config.seed,
             report_to=[],
             remove_unused_columns=False,
-            restore_callback_states_from_checkpoint=True,
             disable_tqdm=not sys.stderr.isatty(),
         ),
         train_dataset=dataset,
         optimizers=(optimizer, schedule),
-        callbacks=[Budget(**vars(limits))],
+        budget=budget,
     )
-    schedule.lr_lambdas = [factor]
     trainer.train(resume_from_checkpoint=last_checkpoint(output) if output.exists() else None)
 
     folder, last = output / method, next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     model.save(folder)
-    budget = trainer.budget
     figures = {
         "method": method,
         "base": str(base_folder),
         "tokens": budget.num_tokens,
         "steps": trainer.state.global_step,
-        "minutes": round(budget.seconds / 60, 2),
+        "minutes": round(budget.seconds / 60, 4),
         "parameters": {
             "trained": sum(tensor.numel() for tensor in model.trainable().values()),
             "stored": sum(tensor.numel() for tensor in model.tensors().values()),
