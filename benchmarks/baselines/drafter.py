@@ -90,7 +90,7 @@ class Drafter(nn.Module, ABC):
 
 def mean_cross_entropy(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of logits [.., V] against distributions [.., V], the mean over the rows that count [..]."""
-    rows = logits.logsumexp(-1) - (target * logits).sum(-1)
+    rows = logits.logsumexp(-1) - torch.linalg.vecdot(target, logits)
     return (rows * counts).sum() / counts.sum().clamp(min=1)
 
 

@@ -96,6 +96,7 @@ def train(
     output: Path,
     limits: Limits,
     *,
+    init: Path | None = None,
     learning_rate: float | None = None,
     options: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
@@ -112,6 +113,7 @@ def train(
         data: as `benchmarks.baselines.data.sequences` takes it.
         output: folder for checkpoints; one that holds some is gone on with.
         limits: where to end.
+        init: start from this drafter of the same method and shape, as an adapter's run may from an adapter.
         learning_rate: AdamW's highest.
         options: of the method's class.
         data_options: of the sequences: length, batch_size, on_policy, seed.
@@ -135,6 +137,8 @@ def train(
     if METHODS[method] is ParallelDraft:
         options.setdefault("mask_token", unused_token(dataset, base.config.vocab_size))
     model = METHODS[method](base, **options)
+    if init is not None:
+        model.load(init)
     rate = learning_rate or LEARNING_RATES[method]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
 
@@ -177,6 +181,7 @@ def train(
         "tokens": budget.num_tokens,
         "steps": trainer.state.global_step,
         "minutes": round(budget.seconds / 60, 4),
+        "before": json.loads((init / "training.json").read_text()) if init else None,
         "parameters": {
             "trained": sum(tensor.numel() for tensor in model.trainable().values()),
             "stored": sum(tensor.numel() for tensor in model.tensors().values()),
@@ -220,6 +225,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--tokens", type=int, help="tokens of the sequences seen, padding left out")
     parser.add_argument("--minutes", type=float, help="wall-clock of the training's steps")
+    parser.add_argument("--init", type=Path, help="start from this drafter of the same method and shape")
     parser.add_argument("--learning-rate", type=float, help=f"AdamW's highest; {LEARNING_RATES}")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON of options of the method's class")
     parser.add_argument("--data-options", type=json.loads, default={}, help="JSON: length, batch_size, on_policy, seed")
@@ -232,6 +238,7 @@ def main() -> None:
         options.data,
         options.output,
         Limits(options.steps, options.tokens, options.minutes),
+        init=options.init,
         learning_rate=options.learning_rate,
         options=options.options,
         data_options=options.data_options,

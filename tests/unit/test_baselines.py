@@ -89,6 +89,14 @@ def test_a_killed_run_goes_on_and_counts_on(base: Path, run: Path, tmp_path: Pat
     assert [(count["steps"], count["tokens"]) for count in counts] == 2 * [(4, counts[0]["tokens"])]
 
 
+def test_a_run_may_start_from_another_drafter(base: Path, run: Path, tmp_path: Path) -> None:
+    first = trained("medusa", base, run, tmp_path / "first", Limits(steps=2))
+    second = trained("medusa", base, run, tmp_path / "second", Limits(steps=1), init=first, learning_rate=1e-9)
+    for name, tensor in load_file(second / "model.safetensors").items():
+        torch.testing.assert_close(tensor, load_file(first / "model.safetensors")[name], atol=1e-6, rtol=0)
+    assert json.loads((second / "training.json").read_text())["before"]["steps"] == 2
+
+
 def test_minutes_end_a_run(base: Path, run: Path, tmp_path: Path) -> None:
     folder = trained("draft", base, run, tmp_path, Limits(steps=10**6, minutes=0.01))
     assert 0.01 <= json.loads((folder / "training.json").read_text())["minutes"] < 0.1
