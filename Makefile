@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TOOLS := .venv/.tools
 
-.PHONY: demo test test-full compat check docs dist venv clean
+.PHONY: demo test test-full bench baselines compat check docs dist venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -16,6 +16,14 @@ test: check
 
 test-full: $(TOOLS)
 	$(BIN)/python -m pytest -q -m "full or not full"
+
+# Methods side by side, with a page in build/bench. It goes on where it was stopped.
+bench: baselines
+	$(BIN)/vllm-mtp bench benchmarks/suite.yaml --output build/bench
+
+# Drafters of other methods for the demo's base, on the sequences that an adapter would learn from, and an adapter trained as long.
+baselines: $(STAMP)
+	$(BIN)/python -m benchmarks.baselines.demo --output runs/baselines
 
 # One wheel on every supported vLLM: an environment of 3.5 GB each, kept in build/compat, and a long run of tests.
 compat: $(TOOLS)

@@ -22,8 +22,8 @@ class Method(StrictModel):
     search: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Options in it with the values to try. All combinations are tried, and at each number of clients the best one is compared."""
     training: Path | None = None
-    """JSON file of how it was trained: `tokens`, `steps`, `minutes`, and the number of trained `parameters`, or {"trained": it}.
-    None: nothing was trained."""
+    """JSON file of how it was trained: `tokens`, `steps`, `minutes`, and the number of trained `parameters` or {"trained": it}; or
+    an adapter's config.json. None: nothing was trained."""
 
     def settings(self) -> list[dict[str, Any]]:
         """The speculative configurations to try."""

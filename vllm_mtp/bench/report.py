@@ -4,6 +4,7 @@ import html
 import io
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from safetensors import safe_open
 
 from vllm_mtp.bench.config import PLAIN
 from vllm_mtp.bench.run import SEARCH, Benchmark, Setting, ratios
@@ -56,9 +58,21 @@ def _commit() -> str | None:
 
 def _training(file: Path) -> dict[str, Any]:
     facts = dict(json.loads(file.read_text(encoding="utf-8")))
+    if facts.get("model_type") == "vllm_mtp":
+        options, seconds = facts["training"]["options"], facts["training"]["seconds_since_last_resume"]
+        tokens = options["steps"] * options["batch_size"] * options["length"]
+        return {"tokens": tokens, "steps": options["steps"], "minutes": seconds / 60, "parameters": _num_parameters(file.parent)}
     if isinstance(facts.get("parameters"), dict):
         facts["parameters"] = facts["parameters"]["trained"]
     return facts
+
+
+def _num_parameters(adapter: Path) -> int:
+    total = 0
+    for path in adapter.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  not a dictionary
+    return total
 
 
 def _searched(benchmark: Benchmark) -> Iterable[dict[str, Any]]:
