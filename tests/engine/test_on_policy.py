@@ -1,5 +1,8 @@
 """The base's own continuations through vLLM: what an adapter is trained on."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,11 +36,30 @@ def test_vllm_continues_every_prompt_within_the_length(engines: Engines) -> None
     assert len(data["input_ids"]) == 40
 
 
+def test_the_engine_ends_with_the_continuations() -> None:
+    # A process of its own: there the engine has processes of its own, as in a training run.
+    code = f"""
+import psutil, torch
+from tests.unit.tiny_models import tiny_base, tiny_config
+from vllm_mtp.train.on_policy import continuer
+if __name__ == "__main__":
+    config = tiny_config(base={str(demo.BASE)!r}, length=16, on_policy_engine="vllm")
+    with continuer(tiny_base(), (1,), config) as continued:
+        (text,) = continued([torch.arange(5, 12)], False)
+        during = len(psutil.Process().children(recursive=True))
+    engine = [process for process in psutil.Process().children(recursive=True) if "VLLM" in process.name()]
+    print(len(text), during > 0, psutil.wait_procs(engine, timeout=30)[1])
+"""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.splitlines()[-1] == "16 True []"
+
+
 def test_without_vllm_transformers_continues(tmp_path: Path) -> None:
     save_tiny_base(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    continued = continuer(base, (1,), tiny_config(base=tmp_path, on_policy_engine="transformers"))
-    long, short = continued([torch.arange(5, 12), torch.arange(5, 8)], False)
+    with continuer(base, (1,), tiny_config(base=tmp_path, on_policy_engine="transformers")) as continued:
+        long, short = continued([torch.arange(5, 12), torch.arange(5, 8)], False)
     assert long[:7].tolist() == list(range(5, 12))
     assert short[:3].tolist() == list(range(5, 8))
     assert all(len(out) == 20 or (out[-1] == 1 and len(out) < 20) for out in (long, short))

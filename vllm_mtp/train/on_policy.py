@@ -1,9 +1,9 @@
 """Sequences that the base itself continued: what it will be served on, and so what drafts are checked against."""
 
-import gc
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +24,8 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | 
     return tuple(sorted(ends))
 
 
-def continuer(base: PreTrainedModel, ends: Sequence[int], config: TrainConfig) -> Continue:
+@contextmanager
+def continuer(base: PreTrainedModel, ends: Sequence[int], config: TrainConfig) -> Iterator[Continue]:
     """What continues prompts: vLLM, several times as fast, where it is installed and wanted, else transformers."""
     engine, T = config.on_policy_engine, config.length
     if engine == "auto":
@@ -40,7 +41,8 @@ def continuer(base: PreTrainedModel, ends: Sequence[int], config: TrainConfig) -
                 found |= dict(zip(batch, sequences, strict=True))
             return [found[i][:T] for i in range(len(prompts))]
 
-        return by_transformers
+        yield by_transformers
+        return
     from vllm import LLM, SamplingParams
 
     # Its own process: neither the engine's threads nor its memory stay behind.
@@ -66,7 +68,10 @@ def continuer(base: PreTrainedModel, ends: Sequence[int], config: TrainConfig) -
             for prompt, output in zip(prompts, outputs, strict=True)
         ]
 
-    return by_vllm
+    try:
+        yield by_vllm
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # its processes ask for work all the time, and training wants the cores
 
 
 @torch.no_grad()
@@ -148,25 +153,23 @@ def on_policy_sequences(
     sources = [(keep - from_chats, _windows(corpus.stream, config, generator))] if num_text else []
     if first is not None:
         sources.append((from_chats, itertools.chain([first], questions)))
-    continued = continuer(base, ends, config)
     sequences: list[torch.Tensor] = []
     prompt_lengths: list[int] = []
-    for wanted, source in sources:
-        goal, in_vain = len(sequences) + wanted, 0
-        while len(sequences) < goal:
-            batch, before = list(itertools.islice(source, min(4 * BATCH, goal - len(sequences)))), len(sequences)
-            for sample in (False, True):
-                prompts = [prompt for prompt, sampled in batch if sampled == sample]
-                for prompt, sequence in zip(prompts, continued(prompts, sample) if prompts else [], strict=True):
-                    if len(sequence) >= len(prompt) + 2:
-                        sequences.append(sequence)
-                        prompt_lengths.append(len(prompt))
-            in_vain = in_vain + len(batch) if len(sequences) == before else 0
-            if in_vain >= 4 * BATCH:
-                raise DataError(f"The base ended {in_vain} answers in a row at once: ask for --on-policy 0.")
-            yield len(sequences)
-    del continued
-    gc.collect()  # ends an engine's processes before training wants the cores
+    with continuer(base, ends, config) as continued:
+        for wanted, source in sources:
+            goal, in_vain = len(sequences) + wanted, 0
+            while len(sequences) < goal:
+                batch, before = list(itertools.islice(source, min(4 * BATCH, goal - len(sequences)))), len(sequences)
+                for sample in (False, True):
+                    prompts = [prompt for prompt, sampled in batch if sampled == sample]
+                    for prompt, sequence in zip(prompts, continued(prompts, sample) if prompts else [], strict=True):
+                        if len(sequence) >= len(prompt) + 2:
+                            sequences.append(sequence)
+                            prompt_lengths.append(len(prompt))
+                in_vain = in_vain + len(batch) if len(sequences) == before else 0
+                if in_vain >= 4 * BATCH:
+                    raise DataError(f"The base ended {in_vain} answers in a row at once: ask for --on-policy 0.")
+                yield len(sequences)
     torch.random.set_rng_state(random)
     yield {
         "input_ids": torch.stack([torch.cat([s, s.new_zeros(T - len(s))]) for s in sequences]),
