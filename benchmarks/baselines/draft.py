@@ -50,7 +50,7 @@ def small_config(base: Any, layers: int = 2, share: float = 1 / 6) -> LlamaConfi
         bos_token_id=base.bos_token_id,
         eos_token_id=base.eos_token_id,
         tie_word_embeddings=True,
-        attn_implementation=base._attn_implementation,
+        attn_implementation=base._attn_implementation,  # type: ignore[call-arg]  # of every configuration
     )
 
 

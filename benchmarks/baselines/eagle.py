@@ -17,6 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from benchmarks.baselines.drafter import Drafter, labelled, mean_cross_entropy
 
+KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
+
 
 class Chains(Drafter):
     """The layer that EAGLE and EAGLE-3 share, and its attention.
@@ -38,7 +40,7 @@ class Chains(Drafter):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=base.config.initializer_range)
 
-    def attend(self, x: torch.Tensor, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, step: int, seen: KeysValues) -> torch.Tensor:
         """Attention [B, N, d] of token `step` of N chains over the rows up to each chain's first and the chain's own tokens before.
 
         Args:
@@ -68,7 +70,7 @@ class Chains(Drafter):
         attention = self.layer.self_attn
         return attention.q_proj, attention.k_proj, attention.v_proj
 
-    def next(self, tokens: torch.Tensor, feature: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def next(self, tokens: torch.Tensor, feature: torch.Tensor, seen: KeysValues) -> torch.Tensor:
         """Features [B, N, d] behind a further token [B, N] of each of N chains, given those before."""
         x, residual = self.mixed(self.embed(tokens), feature)
         hidden = residual + self.attend(x, len(seen), seen)
@@ -102,8 +104,9 @@ class Chains(Drafter):
         with torch.no_grad():
             target = self.unembed(state).float().softmax(-1)
         counts, N = labelled(lengths, answers), input_ids.shape[1] - self.unroll - 1
-        feature, seen = self.noisy(feature[:, :N]), []
-        loss, terms, total = feature.new_zeros(()), {}, 0.0
+        feature = self.noisy(feature[:, :N])
+        seen: KeysValues = []
+        loss, terms, total = feature.new_zeros(()), dict[str, torch.Tensor](), 0.0
         for step in range(self.unroll):
             # Chain r takes token r + 1 + step, for the state of that row, which predicts token r + 2 + step.
             at, weight = slice(1 + step, 1 + step + N), self.unroll_decay**step
@@ -120,8 +123,9 @@ class Chains(Drafter):
 
     @torch.no_grad()
     def drafts(self, ids: torch.Tensor, first: int, k: int) -> torch.Tensor:
-        feature, seen = self.features(ids[None])[0][:, :-1], []
-        tokens, drafts = ids[None, 1:], []
+        feature, tokens = self.features(ids[None])[0][:, :-1], ids[None, 1:]
+        seen: KeysValues = []
+        drafts = []
         for _ in range(k):
             feature = self.next(tokens, feature, seen)
             tokens = self.logits(feature).argmax(-1)
@@ -148,7 +152,7 @@ class Eagle(Chains):
     def __init__(self, base: PreTrainedModel, noise: float = 0.1, feature_weight: float = 1.0, **options: Any) -> None:
         super().__init__(base, **options)
         self.noise, self.feature_weight = noise, feature_weight
-        self.layer.input_layernorm = nn.Identity()
+        self.layer.input_layernorm = nn.Identity()  # type: ignore[assignment]  # as vLLM does
         d = base.config.hidden_size
         self.fc = nn.Linear(2 * d, d, bias=False)
         nn.init.normal_(self.fc.weight, std=base.config.initializer_range)
@@ -233,8 +237,9 @@ class Eagle3(Chains):
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        own = {"fc": self.fc, "norm": self.norm, "lm_head": self.lm_head, "midlayer.hidden_norm": self.hidden_norm}
-        return {**{f"{name}.weight": module.weight for name, module in own.items()}, **self._layer_tensors("midlayer")}
+        own = {"fc": self.fc.weight, "norm": self.norm.weight, "lm_head": self.lm_head.weight}
+        own["midlayer.hidden_norm"] = self.hidden_norm.weight
+        return {**{f"{name}.weight": weight for name, weight in own.items()}, **self._layer_tensors("midlayer")}
 
     def speculative_config(self, folder: Path, k: int) -> dict[str, Any]:
         return {"method": "eagle3", "model": str(folder), "num_speculative_tokens": k}

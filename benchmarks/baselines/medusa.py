@@ -26,18 +26,13 @@ class Medusa(Drafter):
         super().__init__(base)
         d, unembedding = base.config.hidden_size, base.get_output_embeddings().weight
         self.max_drafts, self.own_unembeddings, self.decay = heads, own_unembeddings, decay
-        self.blocks = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in range(heads))
-        self.lm_heads = nn.ModuleList(nn.Linear(d, len(unembedding), bias=False) for _ in range(heads if own_unembeddings else 0))
-        for block in self.blocks:
-            nn.init.zeros_(block.weight)  # a head starts as the base's own
-        with torch.no_grad():
-            for head in self.lm_heads:
-                head.weight.copy_(unembedding)
+        self.blocks = nn.ParameterList(torch.zeros(d, d) for _ in range(heads))  # a head starts as the base's own
+        self.lm_heads = nn.ParameterList(unembedding.detach().clone() for _ in range(heads if own_unembeddings else 0))
 
     def logits(self, state: torch.Tensor, head: int) -> torch.Tensor:
         """Of head `head`, counted from 0."""
-        state = state + F.silu(self.blocks[head](state))
-        return self.lm_heads[head](state) if self.own_unembeddings else self.unembed(state)
+        state = state + F.silu(F.linear(state, self.blocks[head]))
+        return F.linear(state, self.lm_heads[head]) if self.own_unembeddings else self.unembed(state)
 
     @torch.no_grad()
     def states(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -52,7 +47,7 @@ class Medusa(Drafter):
         with torch.no_grad():
             target = self.unembed(state).float().softmax(-1)
         counts, T = labelled(lengths, answers), input_ids.shape[1]
-        loss, terms, total = state.new_zeros(()), {}, 0.0
+        loss, terms, total = state.new_zeros(()), dict[str, torch.Tensor](), 0.0
         for i in range(len(self.blocks)):
             N, weight = T - 2 - i, self.decay ** (i + 1)
             entropy = mean_cross_entropy(self.logits(state[:, :N], i).float(), target[:, 1 + i : 1 + i + N], counts[:, 2 + i :])
@@ -78,10 +73,9 @@ class Medusa(Drafter):
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        heads = [head.weight for head in self.lm_heads] or [self.base.get_output_embeddings().weight]
         return {
-            **{f"blocks.{i}.layers.0.weight": block.weight for i, block in enumerate(self.blocks)},
-            **{f"lm_heads.{i}.weight": weight for i, weight in enumerate(heads)},
+            **{f"blocks.{i}.layers.0.weight": block for i, block in enumerate(self.blocks)},
+            **{f"lm_heads.{i}.weight": head for i, head in enumerate(self.lm_heads or [self.base.get_output_embeddings().weight])},
         }
 
     def speculative_config(self, folder: Path, k: int) -> dict[str, Any]:
