@@ -35,9 +35,17 @@ def by_torchrun(config: TrainConfig, num_processes: int) -> None:
     subprocess.run([*launcher, sys.executable, "-c", COMMAND, "train", "--config", str(file)], check=True, timeout=300)
 
 
+RECIPES: dict[str, dict[str, object]] = {
+    "gated-lora": {},
+    "self-distill": {"recipe": "self-distill"},
+    "self-distill, full": {"recipe": "self-distill", "tuning": "full"},
+}
+
+
 @pytest.mark.full
-def test_two_processes_with_the_same_global_batch_have_the_losses_of_one(tmp_path: Path) -> None:
-    config = run_config(tmp_path, steps=STEPS, batch_size=4, learning_rate=0.01, warmup_steps=2)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_with_the_same_global_batch_have_the_losses_of_one(recipe: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, steps=STEPS, batch_size=4, learning_rate=0.01, warmup_steps=2, **RECIPES[recipe])
     with config.data[0].open("a") as file:
         for i in range(20):
             chat = [{"role": "user", "content": str(i)}, {"role": "assistant", "content": f"{i} and {i + 1}"}]
@@ -46,13 +54,14 @@ def test_two_processes_with_the_same_global_batch_have_the_losses_of_one(tmp_pat
     train(one)
     by_torchrun(two, 2)
     histories = [json.loads((run.output / "history.json").read_text()) for run in (one, two)]
-    for name in LOSSES:
+    for name in LOSSES if recipe != "self-distill, full" else ("loss", "plain", "consistency"):
         (steps, wanted), (_, found) = (series(history, name) for history in histories)
         assert steps == list(range(1, STEPS + 1))
         assert found == pytest.approx(wanted, abs=1e-5 if name == "loss" else 2e-4)  # terms are rounded to four places
     losses = series(histories[0], "loss")[1]
     assert max(losses) > 1.1 * min(losses)
-    assert [entry["step"] for entry in histories[1] if "eval_quadratic.sampler.3" in entry] == [STEPS]
+    head = "plain" if recipe == "self-distill, full" else "sampler"
+    assert [entry["step"] for entry in histories[1] if f"eval_quadratic.{head}.3" in entry] == [STEPS]
     adapters = [load_file(run.output / f"checkpoint-{STEPS}" / "trained.safetensors") for run in (one, two)]
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, atol=1e-4, rtol=1e-3)
