@@ -185,6 +185,8 @@ def table(stages: dict[str, Any], budgets: Sequence[str]) -> str:
     """Markdown: mean and spread of tokens per forward, by stage and k: the domains together, all and novel, and each domain."""
     lines = ["| stage | outputs | " + " | ".join(f"k = {k}" for k in budgets) + " |", "|---" * (2 + len(budgets)) + "|"]
     for stage, domains in stages.items():
+        if not domains[AVERAGE]["all"]:
+            continue  # not run yet
         rows = [(part, domains[AVERAGE][part]) for part in PARTS] + [(domain, domains[domain]["all"]) for domain in demo.DOMAINS]
         lines += [f"| {stage} | {name} | " + " | ".join(_cells(by_k, budgets)) + " |" for name, by_k in rows]
     return "\n".join(lines)
@@ -193,7 +195,11 @@ def table(stages: dict[str, Any], budgets: Sequence[str]) -> str:
 def table_of_gains(found: dict[str, Any], budgets: Sequence[str]) -> str:
     """Markdown: tokens per forward over the paper's recipe's, the domains together."""
     lines = ["| over the paper's recipe | " + " | ".join(f"k = {k}" for k in budgets) + " |", "|---" * (1 + len(budgets)) + "|"]
-    lines += [f"| {stage} | " + " | ".join(_cells(domains[AVERAGE], budgets)) + " |" for stage, domains in found.items()]
+    lines += [
+        f"| {stage} | " + " | ".join(_cells(domains[AVERAGE], budgets)) + " |"
+        for stage, domains in found.items()
+        if domains[AVERAGE]
+    ]
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ def test_stages_have_the_means_of_their_variants_seeds() -> None:
     assert stages[PAPERS][AVERAGE]["all"] == {}
     assert "| quadratic | all | 2.500 ± 0.707 |" in table(stages, ["4"])
     assert "| quadratic | prose | 2.000 ± 0.000 |" in table(stages, ["4"])
-    assert f"| {PAPERS} | all | - |" in table(stages, ["4"])
+    assert PAPERS not in table(stages, ["4"])
 
 
 def test_gains_are_over_the_papers_recipe_with_the_same_seed() -> None:
@@ -43,7 +43,7 @@ def test_gains_are_over_the_papers_recipe_with_the_same_seed() -> None:
     assert found["the trainer's defaults"][AVERAGE]["4"]["seeds"] == [1.5, 1.25]
     assert found["self-distill, hard"][AVERAGE] == {}
     assert "| the trainer's defaults | 1.375 ± 0.177 |" in table_of_gains(found, ["4"])
-    assert "| self-distill, soft | - |" in table_of_gains(found, ["4"])
+    assert "self-distill" not in table_of_gains(found, ["4"])
 
 
 def test_the_average_is_of_domains_and_of_what_all_of_them_have() -> None:
