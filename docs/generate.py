@@ -122,7 +122,8 @@ def row(parameter: Any) -> list[str]:
     """An option or argument of a command."""
     is_option = parameter.param_type_name == "option"
     names = [*parameter.opts, *parameter.secondary_opts] if is_option else [parameter.name.upper()]
-    given = "required" if parameter.required else "-" if parameter.default is None else f"`{json.dumps(parameter.default)}`"
+    written = None if parameter.default is None else f"`{json.dumps(parameter.default, default=str)}`"
+    given = "required" if parameter.required else written or "-"
     return [cell(", ".join(f"`{name}`" for name in names)), cell(given), cell(parameter.help or "")]
 
 

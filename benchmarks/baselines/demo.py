@@ -37,8 +37,8 @@ def train(output: Path, base: Path, steps: int, minutes: float, methods: tuple[s
     for method in methods:
         folder = output / method
         if not (folder / method / "training.json").exists():
-            given = ("--data", adapter, "--minutes", minutes, "--compile")
-            run("benchmarks.baselines.train", method, "--base", base, "--output", folder, *given)
+            limit = ("--data", adapter, "--minutes", minutes, "--compile")
+            run("benchmarks.baselines.train", method, "--base", base, "--output", folder, *limit)
 
 
 def main() -> None:

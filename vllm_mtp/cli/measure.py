@@ -46,8 +46,7 @@ class Comparison:
 
     def by_domain(self) -> dict[str, "Comparison"]:
         """Of prompts that came from the demo's domains in turns, one at a time: each domain's."""
-        if self.concurrency != 1:
-            raise ValueError(f"{self.concurrency} requests at a time share their seconds: no domain has its own")
+        assert self.concurrency == 1, "requests in flight together share their seconds"
         return {domain: self._some(slice(i, None, len(DOMAINS))) for i, domain in enumerate(DOMAINS)}
 
     def _some(self, which: slice) -> "Comparison":
