@@ -93,7 +93,7 @@ def test_requests_ask_for_themselves(lossy: Engine, prompts: list[str], plain: C
         {"mtp_tau": 0.6, "mtp_drafts": 99},
         {"mtp_tau": 0, "mtp_drafts": 0},
     ]
-    chosen = list(prompts[: len(asked)])
+    chosen = list(prompts[len(asked) : 2 * len(asked)])
     mixed = ask(lossy, chosen, asked, ignore_eos=True)
     assert tokens(mixed) == [tokens(ask(lossy, [p], [a], ignore_eos=True))[0] for p, a in zip(chosen, asked, strict=True)]
     greedy = tokens(ask(lossy, chosen, [{"mtp_drafts": 0}] * len(asked), ignore_eos=True))
