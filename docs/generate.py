@@ -6,7 +6,7 @@ A generated part stands in a page between two comments with its name; what is ar
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +192,8 @@ def measured(name: str) -> Any:
 DRAFTS = (1, 2, 4, 8)
 
 
-def acceptance_rows(ways: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """Rows of tokens a forward by k, for layouts and heads: all text and novel text of every domain."""
+def acceptance(*ways: tuple[str, str]) -> str:
+    """The table of `vllm-mtp eval` on the demo's prompts, for layouts and heads: all text and novel text of every domain, by k."""
     report = measured("eval.json")
     rows = []
     for layout, head in ways:
@@ -202,12 +202,7 @@ def acceptance_rows(ways: Iterable[tuple[str, str]]) -> list[list[str]]:
                 found = [tokens_per_forward(report, domain, layout, head, k, part) for k in DRAFTS]
                 cells = ["-" if value is None else f"{value:.2f}" for value in found]
                 rows.append([f"{domain}{words}", f"{layout}, {head} head", *cells])
-    return rows
-
-
-def acceptance(*ways: tuple[str, str]) -> str:
-    """The table of `vllm-mtp eval` on the demo's prompts."""
-    return table(["text", "layout, head", *(f"k = {k}" for k in DRAFTS)], acceptance_rows(ways))
+    return table(["text", "layout, head", *(f"k = {k}" for k in DRAFTS)], rows)
 
 
 def speed() -> str:

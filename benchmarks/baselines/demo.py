@@ -13,11 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.demo_model.train_adapter import MIXTURE
 from vllm_mtp import demo
 
 STEPS, MINUTES = 500, 10.0
 METHODS = ("eagle", "medusa", "draft")
-MIXTURE = {"code": 0.5, "prose": 0.22, "arithmetic": 0.28}
 ADAPTER_OPTIONS = {"groups": 40, "on_policy": 0.75, "on_policy_greedy": 0.75}
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.baselines.drafter import Drafter, labelled, mean_cross_entropy
-from vllm_mtp.train import group_attention
-from vllm_mtp.train.model import shared_copy
+from vllm_mtp.train.losses import supervised
+from vllm_mtp.train.model import read, read_groups, with_group_attention
 
 
 def small_config(base: Any, layers: int = 2, share: float = 1 / 6) -> LlamaConfig:
@@ -114,39 +114,26 @@ class ParallelDraft(Draft):
     def __init__(self, base: PreTrainedModel, mask_token: int, masks: int = 7, **options: Any) -> None:
         super().__init__(base, **options)
         self.mask_token, self.masks, self.max_drafts = mask_token, masks, masks + 1
-        self.grouped = shared_copy(self.model.model)
-        self.grouped.set_attn_implementation(group_attention.NAME)
+        self.grouped = with_group_attention(self.model)
 
     def states(self, input_ids: torch.Tensor, prefix_lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States of the rows [B, T, d] and of the groups' mask tokens [B, G, K, d], as `MaskedModel.states` lays them out."""
-        (B, T), G, K = input_ids.shape, prefix_lengths.shape[1], self.masks
-        out = self.model.model(input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
-        positions = prefix_lengths[..., None] + torch.arange(K, device=input_ids.device)
-        hidden = torch.arange(T, device=input_ids.device) >= prefix_lengths[..., None]
-        real = out.last_hidden_state
-        bias = torch.zeros_like(hidden, dtype=real.dtype).masked_fill(hidden, torch.finfo(torch.bfloat16).min)
-        z = self.grouped(
-            input_ids=input_ids.new_full((B, G * K), self.mask_token),
-            position_ids=positions.flatten(1),
-            attention_mask=bias[:, None],
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        ).last_hidden_state
-        return real, z.view(B, G, K, -1)
+        real, cache = read(self.model, input_ids)
+        masks = self.model.model.embed_tokens(prefix_lengths.new_full((*prefix_lengths.shape, self.masks), self.mask_token))
+        return real, read_groups(self.grouped, masks, prefix_lengths, cache, real.shape[1])
 
     def forward(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, answers: torch.Tensor, prefix_lengths: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """`loss`; `ce_1` of the rows, `ce_2` of the mask tokens."""
         real, z = self.states(input_ids, prefix_lengths)
-        target, may = self._target(input_ids), labelled(lengths, answers)
-        rows = mean_cross_entropy(self.model.lm_head(real[:, :-1]).float(), target[:, :-1], may[:, 1:])
+        target = self._target(input_ids)
+        rows = mean_cross_entropy(self.model.lm_head(real[:, :-1]).float(), target[:, :-1], labelled(lengths, answers)[:, 1:])
         # Mask token i (from 0) stands where token L + i stands, whose row predicts token L + i + 1.
         at = prefix_lengths[..., None] + torch.arange(self.masks, device=input_ids.device)
-        inside = at < input_ids.shape[1] - 1
+        counts = supervised(at + 1, lengths, answers)
         at = at.clamp(max=input_ids.shape[1] - 2).flatten(1)
-        counts = (may.gather(1, at + 1).view(inside.shape) & inside).cumprod(-1)
-        wanted = target.gather(1, at[..., None].expand(-1, -1, target.shape[-1])).view(*inside.shape, -1)
+        wanted = target.gather(1, at[..., None].expand(-1, -1, target.shape[-1])).view(*counts.shape, -1)
         masks = mean_cross_entropy(self.model.lm_head(z).float(), wanted, counts)
         return {"loss": (rows + masks) / 2, "ce_1": rows.detach(), "ce_2": masks.detach()}
 

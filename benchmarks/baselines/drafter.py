@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from vllm_mtp.causal_lm import unembedding
+from vllm_mtp.train.model import Trained
 from vllm_mtp.whole_files import whole, write_whole
 
 WEIGHTS = "model.safetensors"
 
 
-class Drafter(nn.Module, ABC):
+class Drafter(Trained, ABC):
     """A drafter and the frozen base that it drafts for.
 
     Args:
@@ -53,22 +53,6 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def speculative_config(self, folder: Path, k: int) -> dict[str, Any]:
         """How vLLM is asked to draft k tokens with the folder."""
-
-    def train(self, mode: bool = True) -> "Drafter":
-        """Stays in evaluation mode: the base is drafted for as it is served."""
-        return super().train(False)
-
-    def trainable(self) -> dict[str, torch.Tensor]:
-        """Name -> tensor of everything that is trained."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def load_trainable(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set what `trainable` returned."""
-        own = self.trainable()
-        if own.keys() != tensors.keys():
-            raise ValueError(f"the checkpoint is another drafter's: {sorted(own.keys() ^ tensors.keys())}")
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
 
     def save(self, folder: Path) -> None:
         """Write config.json and the weights in bfloat16."""

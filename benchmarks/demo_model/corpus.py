@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import random
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -66,6 +67,11 @@ def split(files: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str
     return train, {name: text for name, text in files.items() if is_held_out(name)}
 
 
+def repeated(files: Iterable[str]) -> list[str]:
+    """Relative paths as often as they are trained on: modules twice, tests once."""
+    return [name for name in files for _ in range(1 if is_test(name) else 2)]
+
+
 def docstrings(source: str) -> str:
     """The longer docstrings of a module, a blank line between them; none where it cannot be parsed."""
     try:
@@ -96,7 +102,7 @@ def documents(domain: str, held_out: bool, wanted: int, seed: int = 0) -> list[s
         source = (made.prompt + made.solution for made in arithmetic.problems(held_out, seed))
     else:
         files = (split() if domain == "code" else prose_split())[held_out]
-        names = [name for name in files for _ in range(1 if is_test(name) else 2)]
+        names = repeated(files)
         random.Random(seed).shuffle(names)
         source = (files[name] for name in itertools.cycle(names))
     taken, size = [], 0

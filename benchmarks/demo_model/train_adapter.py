@@ -11,12 +11,14 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.demo_model.corpus import documents, is_test, split
+from benchmarks.demo_model.corpus import documents, repeated, split
 from vllm_mtp import demo
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.run import train
 
 MIXED_CHARACTERS = 12_000_000
+MIXTURE = {"code": 0.5, "prose": 0.22, "arithmetic": 0.28}
+"""Share of the characters that each domain has in what an adapter for all three learns from."""
 OPTIONS: dict[str, object] = {
     "base_name": "vllm_mtp/demo/base",
     "length": 288,
@@ -36,9 +38,8 @@ def write_split(path: Path) -> None:
     """One line a file of the training split, modules twice as in the base's training, tests once."""
     files, _ = split()
     with path.open("w") as out:
-        for name, text in files.items():
-            for _ in range(1 if is_test(name) else 2):
-                out.write(json.dumps({"text": text}) + "\n")
+        for name in repeated(files):
+            out.write(json.dumps({"text": files[name]}) + "\n")
 
 
 def write_mixture(path: Path, shares: dict[str, float]) -> None:

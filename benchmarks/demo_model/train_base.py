@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.trainer_utils import get_last_checkpoint
 
 from benchmarks.demo_model import arithmetic
-from benchmarks.demo_model.corpus import documents, is_test, prose_split, split
+from benchmarks.demo_model.corpus import documents, prose_split, repeated, split
 from vllm_mtp.train.on_policy import continue_prompts
 
 VOCABULARY = 2048
@@ -135,7 +135,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, files: dict[str, str]) -> torch.Tensor:
     """All files in a shuffled order, each closed by the end-of-text token; modules twice, tests once."""
-    names = [name for name in files for _ in range(1 if is_test(name) else 2)]
+    names = repeated(files)
     random.Random(0).shuffle(names)
     encoded = {name: tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for name, text in files.items()}
     return torch.tensor([token for name in names for token in encoded[name]])
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 512 tokens a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--save-steps", type=int, default=300)
-    parser.add_argument("--widen", type=Path, help="start from this trained model, with more MLP neurons")
+    parser.add_argument("--widen", type=Path, help="start from this trained model, with as many MLP neurons or more")
     parser.add_argument("--intermediate-size", type=int, default=1024, help="MLP neurons a layer")
     parser.add_argument("--first-window", type=int, default=0, help="windows of the data that an earlier run has used")
     parser.add_argument("--mixture", type=json.loads, help="JSON of each domain's share; the library's source alone by default")

@@ -1,7 +1,6 @@
 """Whole runs of the recipe self-distill: resume, what they leave, and what `inspect` says of it."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from tests.unit.resume import assert_resumes
 from tests.unit.test_train_run import run_config
 from tests.unit.tiny_models import tiny_tokenizer
 from vllm_mtp.adapter import read_adapter
@@ -45,20 +45,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
 ) -> None:
     config = config_of(tmp_path, **options)
     folder = train(config)
-    unbroken = load_file(config.output / "checkpoint-4" / "trained.safetensors")
     half = load_file(config.output / "checkpoint-2" / "trained.safetensors")
-    shutil.rmtree(config.output / "checkpoint-4")
-    numbers = []
-    forward = Student.forward
-    monkeypatch.setattr(
-        Student, "forward", lambda self, **inputs: (numbers.append(inputs["slots"].shape[1]), forward(self, **inputs))[1]
-    )
-    assert train(config) == folder
-    resumed = load_file(config.output / "checkpoint-4" / "trained.safetensors")
-    assert len(numbers) == 2
-    assert resumed.keys() == unbroken.keys()
-    for name, tensor in unbroken.items():
-        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=0)
+    unbroken = assert_resumes(config, folder, Student, monkeypatch)
     assert any((half[name] - tensor).abs().max() > 1e-3 for name, tensor in unbroken.items())
     steps, losses = series(json.loads((config.output / "history.json").read_text()), "loss")
     assert steps == [1, 2, 3, 4]

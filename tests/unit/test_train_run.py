@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.unit.resume import assert_resumes
 from tests.unit.tiny_models import save_tiny_base, tiny_base, tiny_config
 from vllm_mtp.adapter import check_base, read_adapter
 from vllm_mtp.reference import ReferenceModel
@@ -44,19 +45,7 @@ def run_config(folder: Path, **options: object) -> TrainConfig:
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config(tmp_path)
     folder = train(config)
-    unbroken = load_file(config.output / "checkpoint-4" / "trained.safetensors")
-    for path in (config.output / "checkpoint-4").iterdir():
-        path.unlink()
-    (config.output / "checkpoint-4").rmdir()
-    steps = []
-    forward = MaskedModel.forward
-    monkeypatch.setattr(MaskedModel, "forward", lambda self, **inputs: (steps.append(1), forward(self, **inputs))[1])
-    assert train(config) == folder
-    resumed = load_file(config.output / "checkpoint-4" / "trained.safetensors")
-    assert len(steps) == 2
-    assert resumed.keys() == unbroken.keys()
-    for name, tensor in unbroken.items():
-        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=0)
+    assert_resumes(config, folder, MaskedModel, monkeypatch)
 
 
 def test_a_run_leaves_its_history_its_curves_and_logs_for_tensorboard(tmp_path: Path) -> None:

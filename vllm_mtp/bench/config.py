@@ -1,7 +1,7 @@
 """Every option of a benchmark, with its default and limits: what a YAML file of `vllm-mtp bench` may hold."""
 
 import itertools
-import json
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from vllm_mtp import demo
 from vllm_mtp.config import StrictModel
+from vllm_mtp.train.documents import BadLines, read_documents
 
 PLAIN = "plain vLLM"
 Positive = Annotated[int, Field(gt=0)]
@@ -75,10 +76,21 @@ class BenchConfig(StrictModel):
         """The base model's name or folder."""
         return self.model or str(demo.BASE)
 
-    def requests(self) -> list[str]:
+    def requests(self, clients: int) -> list[str]:
+        """The prompts of a run that compares; DataError when they cannot be read."""
+        return self._asked(max(self.prompts_per_run, 2 * clients))
+
+    def search_requests(self, clients: int) -> list[str]:
+        """The prompts of a run that looks for a setting; DataError when they cannot be read."""
+        return self._asked(max(self.search_prompts_per_run, clients))
+
+    def _asked(self, wanted: int) -> list[str]:
+        return list(itertools.islice(itertools.cycle(self.in_turns), wanted))
+
+    @cached_property
+    def in_turns(self) -> list[str]:
         """All prompts, the domains in turns, as many of each."""
-        domains = [
-            [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            for path in self.prompts or [demo.PROMPTS / f"{domain}.jsonl" for domain in demo.DOMAINS]
-        ]
+        if not self.prompts:
+            return demo.mixed_prompts()
+        domains = [[str(document.content) for document in read_documents((path,), BadLines(strict=True))] for path in self.prompts]
         return list(itertools.chain.from_iterable(zip(*domains, strict=False)))

@@ -142,6 +142,12 @@ def _svg(draw: Callable[[Axes], None], **labels: str) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
+def _over_clients(axes: Axes, clients: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(clients, [str(number) for number in clients])
+    axes.set_ylim(0)
+
+
 def plots(report: dict[str, Any]) -> dict[str, str]:
     """Title -> SVG."""
     greedy = [row for row in report["results"] if row["temperature"] == min(report["config"]["temperatures"])]
@@ -149,12 +155,9 @@ def plots(report: dict[str, Any]) -> dict[str, str]:
     colours = {PLAIN: "grey", **{name: f"C{i}" for i, name in enumerate(methods)}}
     fewest = min((row["clients"] for row in greedy), default=1)
 
-    def rows(method: str) -> list[dict[str, Any]]:
-        return [row for row in greedy if row["method"] == method and row["ratio"] is not None]
-
     def speed(axes: Axes) -> None:
         for method in methods:
-            mine = rows(method)
+            mine = [row for row in greedy if row["method"] == method and row["ratio"] is not None]
             clients, middle = [row["clients"] for row in mine], [row["ratio"] for row in mine]
             spread = [
                 [row["ratio"] - row["ratio_range"][0] for row in mine],
@@ -162,9 +165,7 @@ def plots(report: dict[str, Any]) -> dict[str, str]:
             ]
             axes.errorbar(clients, middle, spread, marker="o", capsize=3, label=method, color=colours[method])
         axes.axhline(1, color="grey", linewidth=1)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(report["config"]["clients"], [str(clients) for clients in report["config"]["clients"]])
-        axes.set_ylim(0)
+        _over_clients(axes, report["config"]["clients"])
 
     def positions(axes: Axes) -> None:
         for row in greedy:
@@ -191,9 +192,7 @@ def plots(report: dict[str, Any]) -> dict[str, str]:
             mine = [row for row in greedy if row["method"] == method]
             clients, times = [row["clients"] for row in mine], [row["milliseconds_per_forward"] for row in mine]
             axes.plot(clients, times, marker="o", label=method, color=colours[method])
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(report["config"]["clients"], [str(clients) for clients in report["config"]["clients"]])
-        axes.set_ylim(0)
+        _over_clients(axes, report["config"]["clients"])
 
     found = {
         "Tokens a second over plain vLLM's": _svg(speed, xlabel="clients", ylabel="ratio"),
@@ -217,7 +216,7 @@ h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin-top:
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-tr.ours { font-weight: 600; }
+tr.marked { font-weight: 600; }
 figure { margin: 1rem 0; } figure svg { background: #fff; border-radius: 6px; height: auto; max-width: 100%; }
 figcaption { font-weight: 600; } code { overflow-wrap: anywhere; white-space: normal; }
 """
@@ -234,10 +233,12 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _table(name: str, columns: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:
-    """An HTML table; a row is its cells and whether it is ours."""
+    """An HTML table; a row is its cells and whether it stands out."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    kinds = {True: ' class="ours"', False: ""}
-    body = "".join(f"<tr{kinds[ours]}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells, ours in rows)
+    kinds = {True: ' class="marked"', False: ""}
+    body = "".join(
+        f"<tr{kinds[marked]}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells, marked in rows
+    )
     return f'<div class="scroll"><table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -274,7 +275,6 @@ RESULT_COLUMNS = (
     "same output",
 )
 
-
 TRAINING_COLUMNS = ("tokens", "steps", "minutes", "parameters", "began from")
 
 
@@ -283,6 +283,21 @@ def training_cells(facts: dict[str, Any]) -> list[str]:
     counts = ["-" if facts.get(name) is None else f"{facts[name]:,}" for name in ("tokens", "steps", "parameters")]
     minutes = "-" if facts.get("minutes") is None else f"{facts['minutes']:.0f}"
     return [*counts[:2], minutes, counts[2], "an earlier run" if facts.get("before") else "nothing"]
+
+
+SEARCH_COLUMNS = ("method", "clients", "over plain", "setting", "tokens a forward", "")
+
+
+def search_cells(row: dict[str, Any]) -> list[str]:
+    """A setting that was tried as the page shows it."""
+    return [
+        row["method"],
+        str(row["clients"]),
+        _number(row["ratio"], 2),
+        ", ".join(f"{name} {value}" for name, value in row["setting"].items()),
+        _number(row["tokens_per_forward"], 2),
+        "chosen" if row["chosen"] else "",
+    ]
 
 
 def page(report: dict[str, Any]) -> str:
@@ -308,25 +323,11 @@ def page(report: dict[str, Any]) -> str:
                 parts.append(_table(f"results-{temperature:g}-{clients}", RESULT_COLUMNS, cells))
     parts += [f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>" for title, svg in plots(report).items()]
     if report["training"]:
-        rows_ = [([method, *training_cells(facts)], _is_ours(report, method)) for method, facts in report["training"].items()]
-        parts += ["<h2>How they were trained</h2>", _table("training", ("method", *TRAINING_COLUMNS), rows_)]
+        cells = [([method, *training_cells(facts)], _is_ours(report, method)) for method, facts in report["training"].items()]
+        parts += ["<h2>How they were trained</h2>", _table("training", ("method", *TRAINING_COLUMNS), cells)]
     if report["search"]:
-        rows_ = [
-            (
-                [
-                    row["method"],
-                    str(row["clients"]),
-                    _number(row["ratio"], 2),
-                    ", ".join(f"{name} {value}" for name, value in row["setting"].items()),
-                    _number(row["tokens_per_forward"], 2),
-                    "chosen" if row["chosen"] else "",
-                ],
-                row["chosen"],
-            )
-            for row in report["search"]
-        ]
-        columns = ("method", "clients", "over plain", "setting", "tokens a forward", "")
-        parts += ["<h2>Settings that were tried</h2>", _table("search", columns, rows_)]
+        cells = [(search_cells(row), row["chosen"]) for row in report["search"]]
+        parts += ["<h2>Settings that were tried</h2>", _table("search", SEARCH_COLUMNS, cells)]
     parts.append(MEANING.format(commit=html.escape(str(report["commit"]))))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

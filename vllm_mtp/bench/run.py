@@ -27,10 +27,6 @@ class Setting:
     method: str
     speculative: dict[str, Any] | None = None
 
-    def words(self, searched: Sequence[str]) -> str:
-        """The options that were searched, for a reader."""
-        return ", ".join(f"{name} {(self.speculative or {})[name]}" for name in searched) or "as given"
-
     @property
     def key(self) -> str:
         """A name for files and dictionaries."""
@@ -48,9 +44,9 @@ class Cell:
     setting: Setting
 
     @property
-    def group(self) -> tuple[str, int, float, int]:
-        """Runs of one group used the same prompts one after the other."""
-        return self.stage, self.clients, self.temperature, self.round
+    def key(self) -> tuple[str, int, float, int, str]:
+        """A name for dictionaries; runs that differ in the setting alone used the same prompts one after the other."""
+        return self.stage, self.clients, self.temperature, self.round, self.setting.key
 
 
 class Book:
@@ -71,20 +67,13 @@ class Book:
         if file.exists() and file.read_text(encoding="utf-8") != mine:
             raise BenchError(f"{folder} holds runs with other options: choose another output folder, or give the same options.")
         write_whole(file, mine)
-        self.done: dict[tuple[Any, ...], Generation] = {}
+        self.done: dict[tuple[str, int, float, int, str], Generation] = {}
         for path in sorted(self._runs.glob("*.json")):
             entry = json.loads(path.read_text(encoding="utf-8"))
+            setting = Setting(entry["method"], entry["speculative"])
+            cell = Cell(entry["stage"], entry["clients"], entry["temperature"], entry["round"], setting)
             outputs = [Output(**output) for output in entry["outputs"]]
-            self.done[self._key(entry)] = Generation(entry["seconds"], entry["num_forwards"], outputs)
-
-    @staticmethod
-    def _key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-        names = ("stage", "clients", "temperature", "round")
-        return (*(entry[name] for name in names), Setting(entry["method"], entry["speculative"]).key)
-
-    def get(self, cell: Cell) -> Generation | None:
-        """The finished run, if it is."""
-        return self.done.get((*cell.group, cell.setting.key))
+            self.done[cell.key] = Generation(entry["seconds"], entry["num_forwards"], outputs)
 
     def put(self, cell: Cell, prompts: Sequence[str], made: Generation) -> None:
         """Keep a finished run, with its prompts and tokens."""
@@ -101,7 +90,7 @@ class Book:
             "outputs": [asdict(output) for output in made.outputs],
         }
         write_whole(self._runs / f"{len(self.done):05d}.json", json.dumps(entry) + "\n")
-        self.done[self._key(entry)] = made
+        self.done[cell.key] = made
 
     def group(self, stage: str, clients: int, temperature: float) -> dict[str, dict[int, Generation]]:
         """Finished runs of a stage at a number of clients: setting's key -> round -> run."""
@@ -175,7 +164,6 @@ class Benchmark:
     def __init__(self, config: BenchConfig, folder: Path, progress: Callable[[int, int, str], None], most_engines: int = 8) -> None:
         self.config, self.folder, self._progress, self._most = config, folder, progress, most_engines
         self.book = Book(folder, config)
-        self._requests = config.requests()
 
     # -- what there is to run ----------------------------------------------------------------------------------------
 
@@ -202,13 +190,6 @@ class Benchmark:
         if not found:
             raise BenchError(f"No setting of {method} was tried at {clients} clients.")
         return settings[max(found)[1]]
-
-    def prompts(self, stage: str, clients: int) -> list[str]:
-        """Of a run."""
-        config = self.config
-        least, each = (config.search_prompts_per_run, 1) if stage == SEARCH else (config.prompts_per_run, 2)
-        wanted = max(least, each * clients)
-        return [self._requests[i % len(self._requests)] for i in range(wanted)]
 
     def num_runs(self) -> int:
         """Of the whole benchmark."""
@@ -240,11 +221,11 @@ class Benchmark:
         self, engines: Engines, stage: str, clients: int, temperature: float, rounds: range, settings: Sequence[Setting]
     ) -> None:
         cells = [Cell(stage, clients, temperature, round_, setting) for round_ in rounds for setting in settings]
-        waiting = [cell for cell in cells if self.book.get(cell) is None]
+        waiting = [cell for cell in cells if cell.key not in self.book.done]
         if not waiting:
             return
         running = engines.need(settings)
-        prompts = self.prompts(stage, clients)
+        prompts = self.config.search_requests(clients) if stage == SEARCH else self.config.requests(clients)
         for cell in waiting:
             engine, key = running[cell.setting.key], cell.setting.key
             for _ in range(1 if (key, clients) in engines.warm else 2):

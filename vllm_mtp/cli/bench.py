@@ -1,6 +1,5 @@
 """`vllm-mtp bench`: methods of speculation side by side on one build of vLLM, and a report."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_mtp import demo
 from vllm_mtp.bench.config import PLAIN, BenchConfig
+from vllm_mtp.cli.options_file import read_options
 from vllm_mtp.cli.show import print_error, print_table
 
 
@@ -21,24 +21,6 @@ def default_methods(adapter: str) -> dict[str, Any]:
             "search": {"num_speculative_tokens": [2, 4]},
         },
     }
-
-
-def read_options(file: Path) -> dict[str, Any]:
-    """The options in a YAML file.
-
-    Raises:
-        ValueError: it is not YAML, or holds none.
-        OSError: it cannot be read.
-    """
-    import yaml
-
-    try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{file} holds no options: write `name: value` in each line.")
-    return options
 
 
 def run(file: Path | None, output: Path, report_only: bool, adapter: str | None, given: dict[str, Any]) -> int:
@@ -80,15 +62,14 @@ def run(file: Path | None, output: Path, report_only: bool, adapter: str | None,
         where = ".".join(map(str, first["loc"]))
         print_error(ValueError(f"{file or 'options'}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"))
         return 1
-    except (EngineError, ValueError, OSError, json.JSONDecodeError) as error:
+    except (EngineError, ValueError, OSError) as error:
         print_error(error)
         return 1
     for temperature in config.temperatures:
         for clients in config.clients:
             rows = [row for row in report["results"] if (row["temperature"], row["clients"]) == (temperature, clients)]
-            print_table(
-                Console(highlight=False), f"{clients} clients, temperature {temperature:g}", ["", *RESULT_COLUMNS[1:]],
-                [result_cells(row) for row in rows if row["method"] != PLAIN],
-            )  # fmt: skip
+            title = f"{clients} client{'s' if clients > 1 else ''}, temperature {temperature:g}"
+            cells = [result_cells(row) for row in rows if row["method"] != PLAIN]
+            print_table(Console(highlight=False), title, ["", *RESULT_COLUMNS[1:]], cells)
     print(f"report: {output / 'report.html'}, figures: {output / 'report.json'}")
     return 0

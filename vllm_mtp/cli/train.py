@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from vllm_mtp.cli.options_file import read_options
 from vllm_mtp.train.config import LossWeights, TrainConfig
 
 EPILOG = """Examples:
@@ -68,18 +69,13 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The options in a YAML file."""
-    import yaml
-
+    """The options in the file of --config."""
     try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return read_options(file)
     except OSError as error:
         _fail(f"--config {file}: {error.strerror}.")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        _fail(f"--config {file} is not YAML: {' '.join(str(error).split())}")
-    if not isinstance(options, dict):
-        _fail(f"--config {file} holds no options: write `name: value` in each line.")
-    return options
+    except ValueError as error:
+        _fail(f"--config {error}")
 
 
 def _flag(location: tuple[int | str, ...]) -> str:

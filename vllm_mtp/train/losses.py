@@ -17,6 +17,21 @@ def _mean_over_processes(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def supervised(tokens: torch.Tensor, lengths: torch.Tensor, answers: torch.Tensor | None) -> torch.Tensor:
+    """Which rows of groups have a label: up to a group's first token that is padding or may not be one, shape [B, G, K].
+
+    Args:
+        tokens: where the token stands that each row predicts, consecutive in a group, shape [B, G, K].
+        lengths: tokens of each sequence that are not padding, shape [B].
+        answers: tokens that may be labels, shape [B, T]; None: all.
+    """
+    counts = tokens < lengths[:, None, None]
+    if answers is not None:
+        at = tokens.clamp(max=answers.shape[1] - 1).flatten(1)
+        counts &= answers.gather(1, at).view(counts.shape).cumprod(-1).bool()
+    return counts
+
+
 def masked_losses(
     unembed: Callable[[torch.Tensor], torch.Tensor],
     predict: Callable[[torch.Tensor], torch.Tensor],

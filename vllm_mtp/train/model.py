@@ -19,7 +19,7 @@ from vllm_mtp.causal_lm import attend_as_defined, check_layers, linears, unembed
 from vllm_mtp.sampler_head import SamplerHead
 from vllm_mtp.train import group_attention
 from vllm_mtp.train.config import TrainConfig
-from vllm_mtp.train.losses import masked_losses
+from vllm_mtp.train.losses import masked_losses, supervised
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -69,24 +69,20 @@ def read_groups(
     return out.last_hidden_state.view(B, G, K, -1)
 
 
-class TrainedModel(nn.Module, ABC):
-    """What every recipe trains.
+class Trained(nn.Module):
+    """What a checkpoint keeps of a model that is trained beside a base.
 
     Attributes:
-        options: of training.
         base: the model that reads real rows; it defines what is right.
         embed, unembed: its embedding, and states to logits.
-        sampler: the sampler head, None without one.
     """
 
-    options: TrainConfig
     base: PreTrainedModel
     embed: nn.Module
     unembed: Callable[[torch.Tensor], torch.Tensor]
-    sampler: SamplerHead | None
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode: mask rows learn from a base without dropout, as it is served."""
+        """Stays in evaluation mode: what is learned from is a base without dropout, as it is served."""
         return super().train(False)
 
     def trainable(self) -> dict[str, torch.Tensor]:
@@ -103,6 +99,18 @@ class TrainedModel(nn.Module, ABC):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
+
+
+class TrainedModel(Trained, ABC):
+    """What every recipe trains.
+
+    Attributes:
+        options: of training.
+        sampler: the sampler head, None without one.
+    """
+
+    options: TrainConfig
+    sampler: SamplerHead | None
 
     @abstractmethod
     def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
@@ -185,16 +193,14 @@ class MaskedModel(TrainedModel):
             input_ids: token ids, padded on the right, shape [B, T].
             lengths: tokens of each sequence that are not padding, shape [B].
             prefix_lengths: as in `states`, shape [B, G].
-            answers: tokens that may be labels, shape [B, T]; a group has labels up to the first that may not. None: all.
+            answers: as in `losses.supervised`.
         """
         T, K = input_ids.shape[1], len(self.mask_embeddings)
         real, z = self.states(input_ids, prefix_lengths)
         # Mask token i (from 0) stands where token L+i stands, whose row is the one that predicts the same label, L+i+1.
         at = prefix_lengths[..., None] + torch.arange(K, device=input_ids.device)
-        counts = at + 1 < lengths[:, None, None]
+        counts = supervised(at + 1, lengths, answers)
         at = at.clamp(max=T - 2).flatten(1)
-        if answers is not None:
-            counts &= answers.gather(1, at + 1).view(counts.shape).cumprod(-1).bool()
         teacher = real.gather(1, at[..., None].expand(-1, -1, real.shape[-1])).view_as(z)
         previous, labels = input_ids.gather(1, at).view(counts.shape), input_ids.gather(1, at + 1).view(counts.shape)
         sampled = self.sampler(self.embed(previous), z) if self.sampler is not None else None

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vllm_mtp.causal_lm import attend_as_defined, check_layers, unembedding
 from vllm_mtp.train.config import TrainConfig
-from vllm_mtp.train.losses import masked_losses
+from vllm_mtp.train.losses import masked_losses, supervised
 from vllm_mtp.train.model import MaskedModel, TrainedModel, read, read_groups, with_group_attention
 
 EMBEDDING_ROWS = 64
@@ -78,19 +78,14 @@ class Student(TrainedModel):
             lengths: tokens of each sequence that are not padding, shape [B].
             prefix_lengths: L of each group, at least 1; slot i stands where token L+i-1 does, shape [B, G].
             slots: 0 .. k-1, one row a sequence, shape [B, k].
-            answers: tokens in whose place a slot may draft, shape [B, T]; a group drafts up to the first that may not. None: all.
+            answers: tokens in whose place a slot may draft, as in `losses.supervised`.
         """
-        (B, T), G, k = input_ids.shape, prefix_lengths.shape[1], slots.shape[1]
-        drafted = prefix_lengths[..., None] + slots[:, None]
-        counts = drafted < lengths[:, None, None]
-        if answers is not None:
-            counts &= answers.gather(1, drafted.clamp(max=T - 1).flatten(1)).view(B, G, k).cumprod(-1).bool()
-
+        counts = supervised(prefix_lengths[..., None] + slots[:, None], lengths, answers)
         input_ids = input_ids[:, : int(prefix_lengths.max())]  # no prefix reaches further
         at = (prefix_lengths - 1)[..., None]
         real, cache = self.read_real(input_ids)
         last = _rows(real, at)
-        z = self.mask_states(prefix_lengths, k - 1, cache, real)
+        z = self.mask_states(prefix_lengths, slots.shape[1] - 1, cache, real)
         own = self.own_tokens(last[:, :, 0], z)
         with torch.no_grad():
             if self.teacher is not self.base:

@@ -65,15 +65,15 @@ class MaskTrainer(Trainer):
         """Tokens per forward: of the quadratic layout and the head that drafts to the log, all of them to `figures`."""
         logged: dict[str, float] = {}
         if self.prompt_lengths and self.is_world_process_zero():
-            self.figures = tokens_per_forward(self._masked_model(), self.texts(), self.prompt_lengths)
-            way = "quadratic.plain." if self._masked_model().sampler is None else "quadratic.sampler."
+            self.figures = tokens_per_forward(self._trained_model(), self.texts(), self.prompt_lengths)
+            way = "quadratic.plain." if self._trained_model().sampler is None else "quadratic.sampler."
             shown = {name: value for name, value in self.figures.items() if name.startswith(way) and ".free." not in name}
             logged = {f"{EVALUATED}{name}": value for name, value in shown.items()}
             self.log(dict(logged))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
         return logged
 
-    def _masked_model(self) -> TrainedModel:
+    def _trained_model(self) -> TrainedModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -93,10 +93,10 @@ class MaskTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self._masked_model().trainable().items()}, folder / WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in self._trained_model().trainable().items()}, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._masked_model().load_trainable(load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        self._trained_model().load_trainable(load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
 
 def last_checkpoint(folder: Path) -> str | None:
