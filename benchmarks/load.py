@@ -30,6 +30,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 from vllm_mtp import demo
 from vllm_mtp.cli.engine import EngineProcess
 from vllm_mtp.cli.measure import compare, in_turns, machine
+from vllm_mtp.metrics import layout_name
 from vllm_mtp.whole_files import write_whole
 
 K = 4
@@ -115,9 +116,9 @@ def forecast(options: argparse.Namespace) -> dict[str, Any]:
     chooser = executor.driver_worker.worker.model_runner.drafter.chooser
     observe, steps = chooser.observe, []
 
-    def watched(drafts: list[int], tokens: list[int], rows: int, seconds: float) -> None:
+    def watched(tokens: list[int], rows: int, seconds: float) -> None:
         steps.append((time.perf_counter(), len(tokens), chooser.running, rows, seconds, chooser.expected(len(tokens), rows)))
-        observe(drafts, tokens, rows, seconds)
+        observe(tokens, rows, seconds)
 
     prompts, limits = ramp()
     request = {"prompts": prompts, "concurrency": limits, "sampling": {"temperature": 0.0, "max_tokens": options.max_tokens // 2}}
@@ -184,11 +185,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     steps = report["forecast"]["steps"]
     for number, lengths in enumerate(sorted({tuple(lengths) for *_, lengths in steps}, key=lambda of: (sum(of), of))):
         mine = [(at, requests) for at, requests, of in steps if tuple(of) == lengths]
-        right.scatter(
-            *zip(*mine, strict=True), s=6, color=f"C{number}", label="plain" if not any(lengths) else " ".join(map(str, lengths))
-        )
+        right.scatter(*zip(*mine, strict=True), s=6, color=f"C{number}", label=layout_name(lengths))
     right.set(xlabel="seconds", ylabel="requests in the step", yscale="log", yticks=clients, yticklabels=clients)
-    right.legend(title="group lengths", fontsize=7, markerscale=2)
+    right.legend(title="layout", fontsize=7, markerscale=2)
     figure.savefig(path, dpi=110)
 
 

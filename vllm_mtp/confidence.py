@@ -32,6 +32,11 @@ class Drafted:
     probabilities: list[float]
     tau: float
 
+    @property
+    def chances(self) -> list[float]:
+        """That each draft is accepted, as the drafter sees it; 1 for one that is taken without a match."""
+        return [1.0 if probability >= self.tau else probability for probability in self.probabilities]
+
     def confident(self, scheduled: list[int]) -> list[bool]:
         """Which of the drafts that came to be verified are at tau or above; none, where others stand in their place."""
         count = len(scheduled)

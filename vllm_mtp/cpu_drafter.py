@@ -70,6 +70,14 @@ class PanelDrafter:
         Args:
             hidden, rows, sampled: as `Drafter.__call__` takes them, with rows [R, n].
         """
+        return self.with_confidence(hidden, rows, sampled)[0]
+
+    def with_confidence(self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drafts and their probabilities, [R, n], as `Drafter.with_confidence` gives them.
+
+        Args:
+            hidden, rows, sampled: as `__call__` takes them.
+        """
         return torch.ops.vllm_mtp.draft_cpu(hidden, rows, sampled, *self.shared, *self.sampler, *self.numbers)
 
 

@@ -1,6 +1,5 @@
-"""What a step with a layout will give and cost, from what steps have given and cost: acceptance by position, and time by rows."""
+"""What a step will give and cost, from what steps have given and cost: acceptance by position, and time by rows."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,10 +13,20 @@ NOISE = 0.05  # relative, of a burst's mean step time
 
 
 class Acceptance:
-    """How often the i-th draft of a step is accepted when all before it were, newer steps counting more."""
+    """How often the i-th draft of a step is accepted when all before it were, newer steps counting more.
 
-    def __init__(self, k: int) -> None:
+    Args:
+        k: positions.
+        hoped: what is thought of each before one was seen; None: of the first `HOPED`, of others as of the one before.
+        weight: how many drafts that is worth.
+        in_mind: drafts at a position after which older ones begin to count less.
+    """
+
+    def __init__(
+        self, k: int, hoped: Sequence[float] | None = None, weight: float = HOPED_WEIGHT, in_mind: float = DRAFTS_IN_MIND
+    ) -> None:
         self.offered, self.accepted = [0.0] * k, [0.0] * k
+        self.hoped, self.weight, self.in_mind = hoped, weight, in_mind
 
     def observe(self, drafts: Sequence[int], accepted: Sequence[int]) -> None:
         """Takes in one step: drafts that each request verified, and how many of them were accepted."""
@@ -26,67 +35,41 @@ class Acceptance:
                 self.offered[i] += 1
                 self.accepted[i] += i < good
         for i, offered in enumerate(self.offered):
-            if offered > DRAFTS_IN_MIND:
-                self.accepted[i] *= DRAFTS_IN_MIND / offered
-                self.offered[i] = DRAFTS_IN_MIND
+            if offered > self.in_mind:
+                self.accepted[i] *= self.in_mind / offered
+                self.offered[i] = self.in_mind
+
+    def fade(self, share: float) -> None:
+        """Makes what was seen count less, so that what was hoped counts more."""
+        self.offered = [share * offered for offered in self.offered]
+        self.accepted = [share * accepted for accepted in self.accepted]
 
     def by_position(self) -> list[float]:
         """The probability for each of the k drafts."""
-        found, hoped = [], HOPED
-        for offered, accepted in zip(self.offered, self.accepted, strict=True):
-            hoped = (accepted + HOPED_WEIGHT * hoped) / (offered + HOPED_WEIGHT)
-            found.append(hoped)
+        found, before = [], HOPED
+        for i, (offered, accepted) in enumerate(zip(self.offered, self.accepted, strict=True)):
+            hoped = before if self.hoped is None else self.hoped[i]
+            before = (accepted + self.weight * hoped) / (offered + self.weight)
+            found.append(before)
         return found
-
-
-def tokens_and_rows(lengths: tuple[int, ...], acceptance: Sequence[float]) -> tuple[float, float]:
-    """Tokens that a request gets of a step, and rows that it takes, in the mean over many steps with a layout.
-
-    How many drafts a request verifies depends on what it accepted the step before, as `layout.plan_groups` has it; the mean is over
-    the stationary distribution of that number.
-
-    Args:
-        lengths: group lengths by drafts accepted.
-        acceptance: of each draft when all before it were accepted.
-    """
-    k, width = len(lengths) - 1, max(lengths)
-    if not width:
-        return 1.0, 1.0
-    states = {width: 1.0}
-    for _ in range(24):
-        tokens = rows = 0.0
-        following: dict[int, float] = defaultdict(float)
-        for drafts, share in states.items():
-            reached = 1.0
-            rows += share * (1 + drafts)
-            for accepted in range(drafts + 1):
-                group = width if accepted == drafts < k else lengths[accepted]
-                further = acceptance[accepted] if accepted < drafts else 0.0
-                ends = share * reached * (1 - further)
-                tokens, rows = tokens + ends * (1 + accepted), rows + share * group
-                following[group] += ends
-                reached *= further
-        # Half of the old, for a linear layout without luck goes to and fro between two states.
-        states = {count: (states.get(count, 0.0) + following[count]) / 2 for count in states.keys() | following.keys()}
-    return tokens, rows
 
 
 class StepCost:
     """Seconds of a step by what is in it: a linear model, fitted to bursts of steps, newer ones counting more.
 
-    seconds = a + b requests + c (rows - requests) + [has mask rows] (d + e requests). Of what bursts have not told apart yet, an
-    even part is believed of each term. Machines have neighbours, and the same step takes longer for a while: a caller should bring
-    bursts in pairs, of two layouts one right after the other.
+    seconds = a + b requests + c (rows - requests) + [has mask rows] (d + e requests). What bursts have not told apart yet is
+    believed to be shared out as on a machine that was known before. Machines have neighbours, and the same step takes longer for a
+    while: a caller should bring bursts in pairs, of two layouts one right after the other.
     """
 
-    SHARES = np.array([0.6, 0.05, 0.02, 0.15, 0.01])
-    """Of the first burst's time, before anything is known: the terms for one request and one row more, and without prejudice: each
-    may as well be twice that or nothing."""
+    BELIEVED = np.array([1.0, 0.08, 0.03, 0.25, 0.02])
+    """The terms beside a, before anything is known and without prejudice: each may as well be twice that or nothing."""
 
     def __init__(self) -> None:
         self.is_fitted = False
         self.prior = np.eye(5), np.zeros(5)
         self.precision, self.weighted = np.zeros((5, 5)), np.zeros(5)
+        self.row_precision = self.row_weighted = 0.0
         self.terms = np.array([1.0, 0, 0, 0, 0])
 
     @staticmethod
@@ -102,12 +85,36 @@ class StepCost:
             seconds: of a step, in the mean.
         """
         if not self.is_fitted:
-            believed = self.SHARES * seconds / np.array([1, requests, requests, 1, requests])
+            believed = self.BELIEVED * seconds / float(self._facts(requests, rows) @ self.BELIEVED)
             self.prior, self.is_fitted = (np.diag(1 / believed**2), 1 / believed), True
         facts = self._facts(requests, rows) / (NOISE * seconds)
         self.precision = FORGET * self.precision + np.outer(facts, facts)
         self.weighted = FORGET * self.weighted + facts / NOISE
-        self.terms = np.linalg.solve(self.prior[0] + self.precision, self.prior[1] + self.weighted)
+        self._solve()
+
+    def observe_rows(self, rows: float, seconds: float, step: float) -> None:
+        """Takes in what more rows took, within a burst whose steps had more of them and fewer.
+
+        Args:
+            rows: that some steps had more than others, in the mean.
+            seconds: that they took longer.
+            step: seconds of a step.
+        """
+        noise = 2 * NOISE * step
+        self.row_precision = FORGET * self.row_precision + (rows / noise) ** 2
+        self.row_weighted = FORGET * self.row_weighted + rows * seconds / noise**2
+        self._solve()
+
+    @property
+    def of_a_row(self) -> float:
+        """Seconds of one row more; 0 before the first burst."""
+        return max(float(self.terms[2]), 0.0)
+
+    def _solve(self) -> None:
+        precision, weighted = self.prior[0] + self.precision, self.prior[1] + self.weighted
+        precision[2, 2] += self.row_precision
+        weighted[2] += self.row_weighted
+        self.terms = np.linalg.solve(precision, weighted)
 
     def predict(self, requests: float, rows: float) -> float:
         """Seconds of such a step, 1 for all before the first burst; of more rows never less than of none but the requests' own."""

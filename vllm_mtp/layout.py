@@ -132,6 +132,7 @@ def plan_groups(
     max_tail: int,
     device: torch.device,
     most_drafts: tuple[int, ...] = (),
+    shapes: tuple[tuple[int, ...], ...] = (),
 ) -> Groups | None:
     """The groups of a step's shape, or None when there is none.
 
@@ -149,6 +150,8 @@ def plan_groups(
         mask tokens.
         device: of the tensors.
         most_drafts: that each request can use, which no group of it is longer than; empty: k for all.
+        shapes: lengths of each request's own groups by drafts accepted (`shaping`), in the place of `lengths`; empty: none has its
+            own.
     """
     k = len(lengths) - 1
     request: list[int] = []
@@ -164,7 +167,7 @@ def plan_groups(
     num_real, first_row = sum(num_rows), 0
     for i, (rows, drafts) in enumerate(zip(num_rows, num_drafts, strict=True)):
         for accepted in range(drafts + 1):
-            wanted = max(lengths) if accepted == drafts < k else lengths[accepted]
+            wanted = shapes[i][accepted] if shapes else max(lengths) if accepted == drafts < k else lengths[accepted]
             if most_drafts:
                 wanted = min(wanted, most_drafts[i])
             if wanted == 0 or starts[-1] + wanted > max_rows or len(length) == max_groups:

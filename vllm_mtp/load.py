@@ -1,34 +1,38 @@
-"""Which layout a step uses under `auto`: the one that promises the most tokens a second, at this batch size, on this machine.
+"""Load control under `auto`: whether a step has mask rows, and what a row may cost, so that nobody falls behind plain decoding.
 
 Mask rows are nearly free while a step is bound by reading weights and cost full price after that; where that is depends on model,
-machine and batch, and what the rows are worth depends on the text. So both are measured while serving, and `forecast` says of every
-layout what it would give, also of those that have not run: a layout that cannot win is not tried. Those that could are, in short
-bursts of steps, ever more rarely the more often they lose. What they take beside the best one's bursts before and after corrects
-the forecast for them: a machine has neighbours, and a time alone says little. The layout without mask rows, plain decoding, is one
-of them. Where steps overlap and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
+machine and batch, and what the rows are worth depends on the text. So both are measured while serving. What a row takes, over what
+a token takes, is its price, by which `shaping` gives each request its groups. Plain decoding is held against that in short bursts
+of steps, ever more rarely the more often it loses, and so are drafts where plain decoding is what runs. What such a burst takes
+beside those before and after it corrects the forecast: a machine has neighbours, and a time alone says little. Where steps overlap
+and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from vllm_mtp.forecast import Acceptance, StepCost, tokens_and_rows
+from vllm_mtp.forecast import StepCost
 from vllm_mtp.layout import group_lengths
+from vllm_mtp.shaping import FIRST_PRICE, LOWEST_PRICE, SHAPED
 
-SETTLE = 2  # steps after a change that still verify, or pay for, what the layout before asked for
+SETTLE = 2  # steps after a change that still verify, or pay for, what was asked for before it
 BURST = 24
-TRIAL = 8  # steps of a burst that tries a rival
-FIRST_RETRY, LAST_RETRY = 8, 64  # bursts until a rival is tried again; doubled each time it loses
-COST_OF_LOOKING = 0.003  # share of the time that trials of a layout may cost; one that is far off waits longer
-WORTH_A_TRIAL, WORTH_THE_FIRST = 0.9, 0.75  # share of the best one's tokens a second that a rival must promise
-CLEARLY = 1.02  # a rival must promise this much more to take over; plain decoding takes over even with so much less
-LEARN = 0.5  # how fast trials correct what a layout costs beside the forecast
-UNSETTLED = 1.15  # a trial means nothing where the best layout's own steps changed so much meanwhile
+TRIAL = 8  # steps of a burst that tries the other way
+FIRST_RETRY, LAST_RETRY = 8, 64  # bursts until it is tried again; doubled each time it loses
+COST_OF_LOOKING = 0.003  # share of the time that trials may cost; what is far off waits longer
+CLEARLY = 1.02  # drafts take over if they promise twice this more; plain decoding takes over even with so much less
+LEARN = 0.5  # how fast trials correct what one way costs beside the forecast
+UNSETTLED = 1.15  # a trial means nothing where the other way's own steps changed so much meanwhile
 REMEMBER = 0.99  # what is left of such a correction a burst later
+HOPED_GAIN = 1.8, 6.0  # tokens and rows of a request with drafts, before one was seen
+BARGAIN = 0.5  # share of the price at which a trial looks at drafts
+NEW = 0.3  # share of a burst in what is known of tokens and rows
+TOLD_APART = 0.2  # share of its rows by which half the steps of a burst must differ from the others to tell what a row takes
 
 
 def candidate_layouts(k: int) -> list[tuple[int, ...]]:
-    """The layouts that `auto` chooses from, in order of their rows: none, then linear ones and combs of growing width.
+    """Layouts for all loads, in order of their rows: none, then linear ones and combs of growing width.
 
     All have 1 + k entries, so that a request may still verify the drafts of the step before.
     """
@@ -104,44 +108,55 @@ def drafts_by_batch_size(
 
 
 @dataclass
-class _Arm:
-    """What is known of one layout at one batch size beside the forecast."""
+class _Way:
+    """What is known of plain decoding, or of drafting, at one batch size.
+
+    Attributes:
+        slowness: what its steps take, of what was forecast, relative to the other way's at this batch size.
+        tried: whether it has run at this batch size.
+        wait: bursts until it is tried again.
+        due: burst, counted at this batch size, at which that is.
+    """
 
     slowness: float = 1.0
-    """What its steps take, of what was forecast, relative to the others' at this batch size."""
     tried: bool = False
     wait: int = FIRST_RETRY
     due: int = 0
-    """Burst, counted at this batch size, at which it is tried again."""
 
 
 @dataclass
 class _Bucket:
-    """The layouts at one batch size.
+    """One batch size.
 
     Attributes:
-        best: which of them runs but for trials.
-        pace: what its steps take of late, of what was forecast; it changes with the machine's neighbours, for all layouts alike.
+        plain, shaped: the two ways.
+        gain: tokens and rows of a request in a step with drafts, in the mean.
+        drafts: whether steps have drafts, but for trials.
+        pace: what its steps take of late, of what was forecast; it changes with the machine's neighbours, for both ways alike.
     """
 
-    arms: list[_Arm]
-    best: int
+    gain: tuple[float, float]
+    plain: _Way = field(default_factory=_Way)
+    shaped: _Way = field(default_factory=_Way)
+    drafts: bool = True
     bursts: int = 0
     pace: float = 1.0
+
+    def way(self, drafts: bool) -> _Way:
+        """Drafting, or plain decoding."""
+        return self.shaped if drafts else self.plain
 
 
 @dataclass
 class _Trial:
-    """A burst of a rival between two of the best layout.
+    """A burst of the other way between two of the better one.
 
     Attributes:
-        arm: the rival.
         requests, rows: of a step, in the mean.
         ratio: of its time to the forecast.
-        pace: of the best layout before it.
+        pace: of the better way before it.
     """
 
-    arm: int
     requests: float
     rows: float
     ratio: float
@@ -149,54 +164,51 @@ class _Trial:
 
 
 class LayoutChooser:
-    """Chooses each step's layout from what the steps before it gave.
+    """Chooses from what the steps before it gave whether a step has drafts, and says what a row may cost.
 
     Args:
-        layouts: what to choose from (`fitting_layouts`), in order of their rows.
-        agree: makes one time of those that the ranks of an engine measured; called once a burst. The time is all that could make
-            them choose different layouts.
+        k: most drafts of a request.
+        agree: makes one list of times of those that the ranks of an engine measured; called once a burst. The times are all that
+            could make them choose differently.
     """
 
-    def __init__(self, layouts: list[tuple[int, ...]], agree: Callable[[float], float] = float) -> None:
-        self.layouts, self.agree = layouts, agree
-        self.acceptance, self.cost = Acceptance(len(layouts[0]) - 1), StepCost()
-        self._gains = self._gains_now()
-        """Tokens and rows of a request with each layout, as of the last burst."""
-        self._plain = [i for i, lengths in enumerate(layouts) if not any(lengths)]
+    def __init__(self, k: int, agree: Callable[[list[float]], list[float]] = list) -> None:
+        self.agree, self.cost = agree, StepCost()
+        self.plain = (0,) * (k + 1)
+        self.price = FIRST_PRICE
+        """Of a row, in tokens."""
         self._buckets: dict[int, _Bucket] = {}
         self._bucket = -1
-        self._arm = 0
+        self._drafts = True
         self._length, self._settling = BURST, 0
         self._rested = False
-        """Whether the last burst was one of the best layout at this batch size, which a trial can be held against."""
+        """Whether the last burst was one of the better way at this batch size, which a trial can be held against."""
         self._trial: _Trial | None = None
-        self._steps: list[tuple[int, int, float]] = []
-        """Requests, rows and seconds of the steps of the running burst."""
+        self._steps: list[tuple[int, int, int, float]] = []
+        """Requests, tokens, rows and seconds of the steps of the running burst."""
 
     def choose(self, num_requests: int) -> tuple[int, ...]:
-        """The layout of a step with `num_requests` requests."""
+        """The layout of a step with `num_requests` requests: without masks, or `SHAPED`."""
         bucket = (num_requests - 1).bit_length()
         if bucket != self._bucket:
             self._bucket, self._rested, self._trial = bucket, False, None
             self._start(num_requests)
-        return self.layouts[self._arm]
+        return self.running
 
-    def observe(self, drafts: Sequence[int], tokens: Sequence[int], rows: int, seconds: float) -> None:
+    def observe(self, tokens: Sequence[int], rows: int, seconds: float) -> None:
         """Takes in a step that only decoded.
 
         Steps with prompts in them, and those after an idle server, are not comparable and must not be given.
 
         Args:
-            drafts: that each request verified.
             tokens: that each request got.
             rows: of the step, mask rows among them.
             seconds: from the end of the step before to its own.
         """
-        self.acceptance.observe(drafts, [count - 1 for count in tokens])
         if self._settling:
             self._settling -= 1
             return
-        self._steps.append((len(tokens), rows, seconds))
+        self._steps.append((len(tokens), sum(tokens), rows, seconds))
         if len(self._steps) == self._length:
             self._finish()
             self._start(len(tokens))
@@ -204,77 +216,53 @@ class LayoutChooser:
     @property
     def running(self) -> tuple[int, ...]:
         """The layout of the running burst."""
-        return self.layouts[self._arm]
+        return SHAPED if self._drafts else self.plain
 
     def expected(self, num_requests: int, rows: int) -> float:
         """Seconds that a step of the running burst should take."""
         bucket = self._known(self._bucket)
-        slowness = bucket.arms[self._arm].slowness * bucket.pace
+        slowness = bucket.way(self._drafts).slowness * bucket.pace
         return self.cost.predict(num_requests, rows) * slowness if self.cost.is_fitted else 0.0
 
     def best(self, num_requests: int) -> tuple[int, ...]:
-        """The layout that is best so far for `num_requests` requests."""
-        bucket = self._known((num_requests - 1).bit_length())
-        return self.layouts[self._winner(bucket, self._promises(bucket, num_requests))]
+        """What is better so far for `num_requests` requests."""
+        return SHAPED if self._drafts_win(self._known((num_requests - 1).bit_length()), num_requests) else self.plain
 
     def _known(self, bucket: int) -> _Bucket:
-        if bucket not in self._buckets:  # an unknown server starts in the middle
-            self._buckets[bucket] = _Bucket([_Arm() for _ in self.layouts], len(self.layouts) // 2)
+        if bucket not in self._buckets:
+            near = min(self._buckets, key=lambda other: abs(other - bucket), default=None)
+            self._buckets[bucket] = _Bucket(HOPED_GAIN if near is None else self._buckets[near].gain)
         return self._buckets[bucket]
 
-    def _promises(self, bucket: _Bucket, num_requests: int) -> list[float]:
-        """Tokens a second that each layout promises."""
-        return [
-            num_requests * tokens / (self.cost.predict(num_requests, num_requests * rows) * arm.slowness)
-            for (tokens, rows), arm in zip(self._gains, bucket.arms, strict=True)
-        ]
+    def _promises(self, bucket: _Bucket, num_requests: float) -> tuple[float, float]:
+        """Tokens a second of plain decoding and with drafts."""
+        tokens, rows = bucket.gain
+        plain = num_requests / (self.cost.predict(num_requests, num_requests) * bucket.plain.slowness)
+        return plain, num_requests * tokens / (self.cost.predict(num_requests, num_requests * rows) * bucket.shaped.slowness)
 
-    def _gains_now(self) -> list[tuple[float, float]]:
-        acceptance = self.acceptance.by_position()
-        return [tokens_and_rows(lengths, acceptance) for lengths in self.layouts]
-
-    def _winner(self, bucket: _Bucket, promises: list[float]) -> int:
-        """The best layout of those that have run at this batch size, if one has, and plain decoding. In a tie the one that is, and
-        above all plain decoding: what brings nothing is not worth its rows."""
-        known = {i for i, arm in enumerate(bucket.arms) if arm.tried} or set(range(len(promises)))
-        best = max(sorted(known.union(self._plain)), key=promises.__getitem__)
-        margin = 1 / CLEARLY if best in self._plain else CLEARLY**2 if bucket.best in self._plain else CLEARLY
-        if promises[best] <= margin * promises[bucket.best]:
-            best = bucket.best
-        for plain in self._plain:
-            if promises[best] < CLEARLY * promises[plain]:
-                best = plain
-        return best
+    def _drafts_win(self, bucket: _Bucket, num_requests: int) -> bool:
+        """Whether drafts are worth their rows. In doubt it stays as it is, and above all plain: what brings nothing is not worth
+        its rows."""
+        plain, shaped = self._promises(bucket, num_requests)
+        return shaped > (CLEARLY if bucket.drafts else CLEARLY**2) * plain
 
     def _start(self, num_requests: int) -> None:
-        """Begins a burst of the best layout, or of a rival that is due."""
-        bucket, before = self._known(self._bucket), self._arm
-        self._arm, self._length = bucket.best, TRIAL
-        if self.cost.is_fitted and self._trial is None:
-            promises = self._promises(bucket, num_requests)
-            winner = self._winner(bucket, promises)
-            self._rested &= winner == bucket.best
-            bucket.best = self._arm = winner
-            self._length = BURST
-            rivals = self._rivals(bucket, promises) if self._rested else []
-            if rivals:
-                self._arm, self._length = max(rivals, key=promises.__getitem__), TRIAL
-        self._settling = SETTLE if self._arm != before else 0
+        """Begins a burst of the better way, or a trial of the other one if that is due."""
+        bucket, before = self._known(self._bucket), self._drafts
+        self._drafts, self._length = bucket.drafts, TRIAL
+        if self.cost.is_fitted:
+            self.price = max(LOWEST_PRICE, self.cost.of_a_row * max(self._promises(bucket, num_requests)))
+            if self._trial is None:
+                drafts = self._drafts_win(bucket, num_requests)
+                self._rested &= drafts == bucket.drafts
+                bucket.drafts = self._drafts = drafts
+                self._length = BURST
+                if self._rested and bucket.way(not drafts).due <= bucket.bursts:
+                    self._drafts, self._length = not drafts, TRIAL
+                    if self._drafts:  # at the price itself there might be nothing to see
+                        self.price *= BARGAIN
+        self._settling = SETTLE if self._drafts != before else 0
         self._steps = []
-
-    def _rivals(self, bucket: _Bucket, promises: list[float]) -> list[int]:
-        """The layouts that are due for a trial.
-
-        Plain decoding is one at every batch size, for it is what nobody may fall behind. Where it is the best one, so is the layout
-        with the fewest rows, however little it promises: else nobody would see that drafts have become worth their rows again.
-        """
-        others = [i for i in range(len(self.layouts)) if i != bucket.best]
-        worth = {True: WORTH_A_TRIAL, False: WORTH_THE_FIRST}
-        likely = {i for i in others if promises[i] > worth[bucket.arms[i].tried] * promises[bucket.best]}
-        likely |= set(self._plain)
-        if bucket.best in self._plain and bucket.bursts >= FIRST_RETRY:
-            likely |= set(others[:1])
-        return [i for i in sorted(likely - {bucket.best}) if bucket.arms[i].due <= bucket.bursts]
 
     def _finish(self) -> None:
         """Learns from a burst.
@@ -282,37 +270,61 @@ class LayoutChooser:
         Its time is the median of its steps', each held against what was forecast of its rows: a neighbour on the machine makes some
         of them many times as long.
         """
-        bucket, steps = self._buckets[self._bucket], len(self._steps)
-        arm = bucket.arms[self._arm]
-        requests, rows = (sum(column) / steps for column in list(zip(*self._steps, strict=True))[:2])
-        median = statistics.median(seconds / self.cost.predict(here, of_them) for here, of_them, seconds in self._steps)
-        ratio = self.agree(median)
+        bucket, count = self._buckets[self._bucket], len(self._steps)
+        way = bucket.way(self._drafts)
+        requests, tokens, rows = (sum(column) / count for column in list(zip(*self._steps, strict=True))[:3])
+        by_rows = sorted(self._steps, key=lambda step: step[2])
+        halves = by_rows[: count // 2], by_rows[(count + 1) // 2 :]
+        ratio, *of_halves = self.agree([self._ratio(steps) for steps in (self._steps, *halves)])
         bucket.bursts += 1
-        self._gains = self._gains_now()
-        if self._arm != bucket.best:
-            self._trial, self._rested = _Trial(self._arm, requests, rows, ratio, bucket.pace), False
+        if self._drafts:
+            gain = tokens / requests, rows / requests
+            share = NEW if bucket.shaped.tried else 1.0
+            bucket.gain = tuple(old + share * (new - old) for old, new in zip(bucket.gain, gain, strict=True))  # type: ignore[assignment]
+        if self._drafts != bucket.drafts:
+            self._trial, self._rested = _Trial(requests, rows, ratio, bucket.pace), False
             return
-        if not arm.tried:  # nothing has run at this batch size yet
+        if not way.tried:  # nothing has run at this batch size yet
             self.cost.observe(requests, rows, ratio * self.cost.predict(requests, rows))
-            arm.tried, ratio = True, 1.0
-        bucket.pace, self._rested = ratio / arm.slowness, True
+            way.tried, ratio = True, 1.0
+        elif self._drafts:
+            self._learn_rows(halves, of_halves, ratio)
+        bucket.pace, self._rested = ratio / way.slowness, True
         if self._trial is not None:
             self._settle(bucket, self._trial, requests, rows)
             self._trial = None
-        for each in bucket.arms:  # an old verdict is worth less, and another trial
+        for each in (bucket.plain, bucket.shaped):  # an old verdict is worth less, and another trial
             each.slowness **= REMEMBER
 
+    def _ratio(self, steps: Sequence[tuple[int, int, int, float]]) -> float:
+        return statistics.median(seconds / self.cost.predict(requests, rows) for requests, _, rows, seconds in steps)
+
+    def _learn_rows(self, halves: Sequence[Sequence[tuple[int, int, int, float]]], ratios: Sequence[float], ratio: float) -> None:
+        """Learns what a row takes from the steps of a burst that had fewer and those that had more.
+
+        Args:
+            halves: the steps.
+            ratios: of their times to the forecast.
+            ratio: of all.
+        """
+        requests, rows = ([statistics.fmean(step[i] for step in steps) for steps in halves] for i in (0, 2))
+        if requests[0] != requests[1] or rows[1] - rows[0] < TOLD_APART * rows[0]:
+            return
+        few, many = (self.cost.predict(requests[0], rows[i]) * ratios[i] / ratio for i in range(2))
+        self.cost.observe_rows(rows[1] - rows[0], many - few, few)
+
     def _settle(self, bucket: _Bucket, trial: _Trial, requests: float, rows: float) -> None:
-        """Learns from a trial, by what the best layout took before and after it.
+        """Learns from a trial, by what the better way took before and after it.
 
         Args:
             bucket: the batch size.
-            trial: the rival's burst.
-            requests, rows: of the best layout's burst after it.
+            trial: the other way's burst.
+            requests, rows: of the better way's burst after it.
         """
+        other, best = bucket.way(not bucket.drafts), bucket.way(bucket.drafts)
         if not 1 / UNSETTLED < bucket.pace / trial.pace < UNSETTLED:
+            other.due = bucket.bursts + FIRST_RETRY // 2
             return
-        arm, best = bucket.arms[trial.arm], bucket.arms[bucket.best]
         pace = (trial.pace * bucket.pace) ** 0.5
         rival = trial.ratio * self.cost.predict(trial.requests, trial.rows)
         before = self.cost.predict(requests, rows)
@@ -322,9 +334,9 @@ class LayoutChooser:
         forecast = self.cost.predict(requests, rows)
         bucket.pace *= before / forecast
         measured = best.slowness * (rival / beside) / (self.cost.predict(trial.requests, trial.rows) / forecast)
-        arm.slowness *= (measured / arm.slowness) ** LEARN
-        arm.tried = True
-        promises = self._promises(bucket, round(requests))
-        lost = (TRIAL + SETTLE) * max(promises[bucket.best] / promises[trial.arm] - 1, 0.0)
-        arm.due = bucket.bursts + max(arm.wait, round(lost / (COST_OF_LOOKING * BURST)))
-        arm.wait = min(LAST_RETRY, 2 * arm.wait)
+        other.slowness *= (measured / other.slowness) ** LEARN
+        other.tried = True
+        promises = self._promises(bucket, requests)
+        lost = (TRIAL + SETTLE) * max(promises[bucket.drafts] / promises[not bucket.drafts] - 1, 0.0)
+        other.due = bucket.bursts + max(other.wait, round(lost / (COST_OF_LOOKING * BURST)))
+        other.wait = min(LAST_RETRY, 2 * other.wait)

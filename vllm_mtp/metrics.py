@@ -26,6 +26,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.plan import Counters
+from vllm_mtp.shaping import SHAPED
 
 WRITE_EVERY, LOG_EVERY = 1.0, 60.0
 """Seconds."""
@@ -63,7 +64,9 @@ INFO = Metric(
 )
 ON = Metric("vllm_mtp:on", "1; 0 once an exception in the plugin has ended speculation, which the log has.", (), "gauge")
 STEPS = Metric(
-    "vllm_mtp:steps", "Steps, by their layout: lengths of the groups behind row 0, 1, ..; plain: without masks.", ("layout",)
+    "vllm_mtp:steps",
+    "Steps, by layout: lengths of groups behind row 0, 1, ..; shaped: each request's own; plain: no masks.",
+    ("layout",),
 )
 EXPANDED = Metric("vllm_mtp:expanded_steps", "Steps that had mask rows.")
 REAL_ROWS = Metric("vllm_mtp:real_rows", "Rows that vLLM scheduled, of steps that had mask rows.")
@@ -99,6 +102,8 @@ class Value(NamedTuple):
 
 def layout_name(lengths: tuple[int, ...]) -> str:
     """A layout as a label."""
+    if lengths == SHAPED:
+        return "shaped"
     return ",".join(map(str, lengths)) if any(lengths) else "plain"
 
 

@@ -47,16 +47,28 @@ def is_first_rank() -> bool:
     return bool(get_tp_group().rank_in_group == 0)
 
 
-def longest(seconds: float) -> float:
-    """The longest of the times that the tensor-parallel ranks bring; all ranks must call it, and get the same.
+def of_first_rank(numbers: torch.Tensor) -> list[Any]:
+    """A tensor of the first tensor-parallel rank as nested lists, on all ranks: what a step's rows depend on must not differ by a
+    rounding. All ranks must call it."""
+    from vllm.distributed import get_tp_group
 
-    Over the processes' own group and not the devices': the time is a number of the host.
+    group = get_tp_group()
+    if group.world_size > 1:
+        numbers = numbers.cpu().contiguous()
+        torch.distributed.broadcast(numbers, group.ranks[0], group=group.cpu_group)
+    return list(numbers.tolist())
+
+
+def longest(seconds: list[float]) -> list[float]:
+    """The longest of each of the times that the tensor-parallel ranks bring; all ranks must call it, and get the same.
+
+    Over the processes' own group and not the devices': times are numbers of the host.
     """
     from vllm.distributed import get_tp_group
 
     group = get_tp_group()
     if group.world_size == 1:
         return seconds
-    time = torch.tensor(seconds, dtype=torch.float64)
-    torch.distributed.all_reduce(time, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
-    return time.item()
+    times = torch.tensor(seconds, dtype=torch.float64)
+    torch.distributed.all_reduce(times, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    return list(times.tolist())

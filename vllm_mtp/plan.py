@@ -77,7 +77,7 @@ class EngineStep:
         block_table: blocks of each request, [R, W].
         lengths: group lengths of the step's layout.
         replayed: the step runs as a replay of a CUDA graph, which reads the plan where the plan of the capture stood.
-        most_drafts: as `layout.plan_groups` takes them.
+        most_drafts, shapes: as `layout.plan_groups` takes them.
     """
 
     num_rows: tuple[int, ...]
@@ -88,6 +88,7 @@ class EngineStep:
     lengths: tuple[int, ...]
     replayed: bool = False
     most_drafts: tuple[int, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
@@ -151,16 +152,16 @@ class Planner:
     def plan(self, step: EngineStep) -> PlannedStep | None:
         """The plan of a step, or None when it has no mask rows."""
         begin = time.perf_counter()
-        num_real = sum(step.num_rows)
         groups = plan_groups(
             step.num_rows,
             step.num_drafts,
             step.lengths,
-            min(self.max_rows - num_real, self.max_mask_rows),
+            self.room(sum(step.num_rows)),
             self.max_groups,
             self.block_size,
             step.request_len.device,
             step.most_drafts,
+            step.shapes,
         )
         if groups is None:
             return None
@@ -171,10 +172,14 @@ class Planner:
             planned = self._where_it_stood((step.num_rows, step.num_drafts, step.lengths), planned)
         planned.metadata, planned.replayed = self.attention.prepare(planned.sequences), step.replayed
         self.counters.steps += 1
-        self.counters.real_rows += num_real
+        self.counters.real_rows += groups.num_real
         self.counters.mask_rows += groups.num_rows
         self.counters.plan_time += time.perf_counter() - begin
         return planned
+
+    def room(self, num_real: int) -> int:
+        """Most mask rows of a step with `num_real` real ones."""
+        return min(self.max_rows - num_real, self.max_mask_rows)
 
     def _where_it_stood(self, shape: tuple[object, ...], planned: PlannedStep) -> PlannedStep:
         """The plan in the tensors of the first one of its shape."""

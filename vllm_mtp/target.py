@@ -50,7 +50,7 @@ class MaskTokenTarget:
         layouts: the layouts that steps may have; one, unless the operator leaves the choice to us.
         planner, expansion, drafter: the parts, once installed.
         breaker: opens when one of them fails.
-        drafts_any_number: whether `draft` takes fewer than k rows a request.
+        drafts_any_number: whether `draft` and `draft_with_confidence` take fewer than k rows a request.
         draft, sample_drafts, draft_with_confidence: the drafter's `__call__` and, if drafts are probabilistic, its `sample`, and in
             acceptance by confidence its `with_confidence`, once bound.
     """
@@ -208,6 +208,11 @@ class MaskTokenTarget:
         """Whether drafts may be taken without a match."""
         return self.options.acceptance == "confidence"
 
+    @property
+    def wants_confidence(self) -> bool:
+        """Whether drafts are asked for with their probabilities."""
+        return self.by_confidence
+
     def _compiled_drafter(self, function: Callable[..., Any], *more: torch.dtype) -> Callable[..., Any]:
         """A method of the drafter, compiled where the engine compiles.
 
@@ -289,8 +294,10 @@ class MaskTokenTarget:
         in_one_call = PanelDrafter.of(self.drafter, self.expansion.target)
         self.draft = in_one_call or self._compiled_drafter(self.drafter.__call__)
         self.drafts_any_number = in_one_call is not None
-        if self.by_confidence:
-            self.draft_with_confidence = self._compiled_drafter(self.drafter.with_confidence)
+        if self.wants_confidence:
+            self.draft_with_confidence = (
+                in_one_call.with_confidence if in_one_call else self._compiled_drafter(self.drafter.with_confidence)
+            )
         if self.probabilistic:
             self.sample_drafts = self._compiled_drafter(self.drafter.sample, torch.float32, torch.long, torch.long)
         logger.info(

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "linear.h"
@@ -86,7 +87,7 @@ float dot(const Bf16* a, const Bf16* b, int64_t n) {
   return sum_of(sum);
 }
 
-at::Tensor draft_cpu(
+std::tuple<at::Tensor, at::Tensor> draft_cpu(
     const at::Tensor& hidden, const at::Tensor& rows, const at::Tensor& sampled, const at::Tensor& head, const at::Tensor& unembedding,
     const at::Tensor& embedding, const at::Tensor& from_previous, const at::Tensor& from_state, const at::Tensor& bias_1,
     const at::Tensor& norm_1, const at::Tensor& norm_bias_1, double eps_1, const at::Tensor& linear_2, const at::Tensor& bias_2,
@@ -117,11 +118,13 @@ at::Tensor draft_cpu(
   });
 
   at::Tensor drafts = at::empty({R, k}, rows.options());
+  at::Tensor probabilities = at::empty({R, k}, rows.options().dtype(at::kFloat));
   int64_t* out = drafts.data_ptr<int64_t>();
+  float* sure = probabilities.data_ptr<float>();
   const Bf16 *W = unembedding.const_data_ptr<Bf16>(), *E = embedding.const_data_ptr<Bf16>();
   const auto vector = [](const at::Tensor& tensor) { return tensor.const_data_ptr<Bf16>(); };
   std::vector<Bf16> previous(R * d), first(R * d), second(R * d);
-  std::vector<float> work(d);
+  std::vector<float> work(d), scores(candidates);
   for (int64_t i = 0; i < k; ++i) {
     for (int64_t r = 0; r < R; ++r) {
       const int64_t token = i ? out[r * k + i - 1] : sampled.const_data_ptr<int64_t>()[r];
@@ -137,19 +140,23 @@ at::Tensor draft_cpu(
       activate(state, nullptr, vector(norm_2), vector(norm_bias_2), eps_2, residual ? z.data() + (r * k + i) * d : nullptr, d, work.data(), state);
       float best = -INFINITY;
       int64_t token = 0;
-      for (const int64_t candidate : places[r * k + i]) {
-        const float score = dot(W + candidate * unembedding.stride(0), state, d);
-        if (score > best) best = score, token = candidate;
+      const std::vector<int64_t>& here = places[r * k + i];
+      for (size_t c = 0; c < here.size(); ++c) {
+        scores[c] = dot(W + here[c] * unembedding.stride(0), state, d);
+        if (scores[c] > best) best = scores[c], token = here[c];
       }
+      float sum = 0;
+      for (size_t c = 0; c < here.size(); ++c) sum += std::exp(scores[c] - best);
       out[r * k + i] = token;
+      sure[r * k + i] = 1.f / sum;
     }
   }
-  return drafts;
+  return {drafts, probabilities};
 }
 
 #else
 
-at::Tensor draft_cpu(
+std::tuple<at::Tensor, at::Tensor> draft_cpu(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&, double, bool, int64_t, int64_t) {
@@ -160,14 +167,14 @@ at::Tensor draft_cpu(
 
 }  // namespace
 
-// Drafts [R, k] from mask states hidden [M, d] at rows [R, k], behind the tokens sampled [R]. head: the unembedding W in panels, for the
+// Drafts and their probabilities among the candidates, [R, k], from mask states hidden [M, d] at rows [R, k], behind the tokens sampled [R]. head: the unembedding W in panels, for the
 // candidates; `unembedding` [V, d], for their scores; `embedding` [V, d]. The sampler head: linear_1 as from_previous and from_state, in
 // panels, with bias_1; linear_2 likewise; their LayerNorms.
 TORCH_LIBRARY_FRAGMENT(vllm_mtp, m) {
   m.def(
       "draft_cpu(Tensor hidden, Tensor rows, Tensor sampled, Tensor head, Tensor unembedding, Tensor embedding, Tensor from_previous, "
       "Tensor from_state, Tensor bias_1, Tensor norm_1, Tensor norm_bias_1, float eps_1, Tensor linear_2, Tensor bias_2, "
-      "Tensor norm_2, Tensor norm_bias_2, float eps_2, bool residual, int vocab, int candidates) -> Tensor");
+      "Tensor norm_2, Tensor norm_bias_2, float eps_2, bool residual, int vocab, int candidates) -> (Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(vllm_mtp, CPU, m) { m.impl("draft_cpu", draft_cpu); }
 

@@ -22,6 +22,7 @@ from tests.architectures import ARCHITECTURES
 from vllm_mtp import demo
 from vllm_mtp.plugin import register
 from vllm_mtp.selection import ConfigurationError
+from vllm_mtp.shaping import SHAPED
 
 from .conftest import CACHE_BYTES, Engine, Engines, speculative
 from .feature_models import random_adapter_for, random_model
@@ -53,16 +54,21 @@ def record_drafts(worker: Any) -> None:
 
 
 def disturb_clock(worker: Any) -> None:
-    """Makes steps seem ten times as fast or as slow as they are, on each rank in another way; keeps the layouts chosen."""
-    chooser, clock, worker.layouts = worker.model_runner.drafter.chooser, random.Random(worker.rank), []
-    observe, choose = chooser.observe, chooser.choose
+    """Makes steps seem ten times as fast or as slow as they are, on each rank in another way; keeps what was chosen."""
+    drafter, clock, worker.layouts, worker.shapes = worker.model_runner.drafter, random.Random(worker.rank), [], []
+    chooser, shaper = drafter.chooser, drafter.shaper
+    observe, choose, shapes = chooser.observe, chooser.choose, shaper.shapes
 
     def choosing(num_requests: int) -> tuple[int, ...]:
         worker.layouts.append(choose(num_requests))
         return worker.layouts[-1]
 
-    chooser.observe = lambda drafts, tokens, rows, seconds: observe(drafts, tokens, rows, seconds * clock.uniform(0.1, 10))
-    chooser.choose = choosing
+    def shaping(*arguments: Any) -> tuple[tuple[int, ...], ...]:
+        worker.shapes.append(shapes(*arguments))
+        return worker.shapes[-1]
+
+    chooser.observe = lambda tokens, rows, seconds: observe(tokens, rows, seconds * clock.uniform(0.1, 10))
+    chooser.choose, shaper.shapes = choosing, shaping
 
 
 @pytest.mark.feature("tensor parallelism", "works", "on CPUs; not tried on several devices")
@@ -89,14 +95,15 @@ def test_two_tensor_parallel_ranks_draft_and_answer_as_one(engines: Engines, pro
     assert drafters == [(32, (1024, 384))] * 2
 
 
-def test_ranks_whose_clocks_differ_run_the_same_layouts(engines: Engines, prompts: list[str], random_adapter: Path) -> None:
+def test_ranks_whose_clocks_differ_run_the_same_layouts(engines: Engines, prompts: list[str]) -> None:
     expected = engines().greedy(prompts[:4], 160, ignore_eos=True)
-    engine = engines(speculative(random_adapter, 4, "auto"), tensor_parallel_size=2)
+    engine = engines(speculative(demo.ADAPTER, 4, "auto"), tensor_parallel_size=2)
     engine.on_ranks(disturb_clock)
     assert engine.greedy(prompts[:4], 160, ignore_eos=True) == expected
-    first, second = engine.on_ranks(lambda worker: worker.layouts)
+    first, second = engine.on_ranks(lambda worker: (worker.layouts, worker.shapes))
     assert first == second
-    assert len(set(first)) > 2
+    assert set(first[0]) == {SHAPED, (0,) * 5}
+    assert len(set(first[1])) > 10
 
 
 def fail_on_the_second_rank(worker: Any) -> None:

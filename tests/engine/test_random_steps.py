@@ -16,6 +16,7 @@ from vllm import SamplingParams
 
 from vllm_mtp import demo, target
 from vllm_mtp.load import LayoutChooser
+from vllm_mtp.shaping import SHAPED
 
 from .conftest import Engine, Engines, speculative
 from .test_failures import leftovers
@@ -38,10 +39,11 @@ PHASES = (0.05, 0.3, 0.8, 2.0)
 
 
 class RandomChooser(LayoutChooser):
-    """Any layout, at any step."""
+    """Any layout, at any step, and groups of the requests' own at any price of a row."""
 
     def __init__(self, layouts: list[tuple[int, ...]], draw: random.Random) -> None:
-        super().__init__(layouts)
+        super().__init__(K)
+        self.layouts = [SHAPED, *layouts]
         self.draw, self.now, self.switches = draw, layouts[0], 0
         self.chosen: Counter[tuple[int, ...]] = Counter()
 
@@ -49,7 +51,7 @@ class RandomChooser(LayoutChooser):
         if self.draw.random() < 0.5:
             lengths = self.draw.choice(self.layouts)
             self.switches += lengths != self.now
-            self.now = lengths
+            self.now, self.price = lengths, self.draw.choice([0.002, 0.03, 0.1, 0.4])
         self.chosen[self.now] += 1
         return self.now
 
@@ -181,7 +183,7 @@ def test_random_steps(
 
     moved = {name.removeprefix("vllm:"): int(engine.metric(name) - before[name]) for name in counters}
     print(dict(traffic.counts), moved, f"switches {chooser.switches}", dict(chooser.chosen), f"forks {len(written)}")
-    assert chooser.chosen.keys() == set(proposer.layouts)
+    assert chooser.chosen.keys() == set(chooser.layouts)
     assert (0,) * (K + 1) in chooser.chosen
     counts = traffic.counts
     assert counts["arrivals"] == counts["finished"] + counts["cancellations"]

@@ -115,7 +115,7 @@ def test_drafter(requests: int, k: int, width: int, vocab: int, candidates: int,
     w, e, hidden = (torch.randn(n, width).bfloat16() for n in (vocab + 3, vocab + 1, requests * k + 2))
     rows, sampled = torch.randperm(len(hidden))[: requests * k].view(requests, k), torch.randint(vocab, (requests,))
     weight = head.linear_1.weight
-    drafts = torch.ops.vllm_mtp.draft_cpu(
+    drafts, probabilities = torch.ops.vllm_mtp.draft_cpu(
         *(hidden, rows, sampled, panels(w), w, e, panels(weight[:, :width]), panels(weight[:, width:]), head.linear_1.bias),
         *(head.norm_1.weight, head.norm_1.bias, head.norm_1.eps, panels(head.linear_2.weight), head.linear_2.bias),
         *(head.norm_2.weight, head.norm_2.bias, head.norm_2.eps, residual, vocab, candidates),
@@ -128,6 +128,11 @@ def test_drafter(requests: int, k: int, width: int, vocab: int, candidates: int,
     near = 0.02  # of the largest score: both heads round to bfloat16
     assert (plain.gather(2, chosen) >= least - near * plain.abs().amax()).all()
     best = scores.masked_fill(plain < least + near * plain.abs().amax(), -torch.inf).amax(2, keepdim=True)
+    among = scores.gather(2, plain.topk(candidates).indices)
+    told_apart = (plain >= least - near * plain.abs().amax()).sum(2) == candidates
+    sure = (scores.gather(2, chosen) - among.logsumexp(2, keepdim=True)).exp()[..., 0]
+    close = (probabilities / sure).log().abs() < 3 * near * scores.abs().amax()
+    assert (close | ~told_apart).all()
     assert (scores.gather(2, chosen) >= best - near * scores.abs().amax()).all()
 
 

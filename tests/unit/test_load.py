@@ -1,66 +1,105 @@
-"""The choice of layouts against a simulated server whose costs and acceptance are known."""
+"""Load control and the shapes of groups against a simulated server whose costs and acceptance are known."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 
-from vllm_mtp.forecast import tokens_and_rows
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.load import LayoutChooser, candidate_layouts, fitting_layouts, rows_of
+from vllm_mtp.shaping import SHAPED, Shaper
 
 from .ranks import Rank, on_ranks
 
 K = 4
 PLAIN = (0,) * (K + 1)
+Choose = Callable[[int], tuple[int, ...]]
 
 
 class Server:
-    """Steps cost a fixed time and a time for each row; a draft is accepted with one probability, as long as all before it were."""
+    """Steps cost a fixed time and a time for each row. A draft is accepted with a chance of its own, as long as all before it were,
+    and the drafter knows that chance.
+
+    Args:
+        row_cost: of a row, in fixed times of a step.
+        acceptance: of a draft, in the mean.
+        seed: of all that is random.
+    """
 
     def __init__(self, row_cost: float, acceptance: float, seed: int = 0) -> None:
         self.row_cost, self.acceptance, self.random = row_cost, acceptance, random.Random(seed)
+        self.shaper = Shaper(K)
 
     def seconds(self, rows: float) -> float:
         return 1.0 + self.row_cost * rows
 
-    def accepted(self, drafts: int) -> int:
+    def chance(self) -> float:
+        """Of a draft."""
+        spread = min(self.acceptance, 1 - self.acceptance)
+        return self.acceptance + spread * self.random.uniform(-1, 1)
+
+    def accepted(self, drafts: list[float]) -> int:
         count = 0
-        while count < drafts and self.random.random() < self.acceptance:
+        while count < len(drafts) and self.random.random() < drafts[count]:
             count += 1
         return count
 
-    def rate(self, lengths: tuple[int, ...], requests: int) -> float:
-        """Expected tokens a second."""
-        tokens, rows = tokens_and_rows(lengths, [self.acceptance] * K)
-        return requests * tokens / self.seconds(requests * rows)
-
-    def run(self, chooser: LayoutChooser, requests: int, steps: int) -> tuple[int, float]:
-        """Tokens and seconds of `steps` steps."""
-        tokens, seconds, drafts = 0, 0.0, [0] * requests
+    def run(self, chooser: LayoutChooser | tuple[int, ...], requests: int, steps: int) -> tuple[int, float]:
+        """Tokens and seconds of `steps` steps, under load control or with one layout."""
+        tokens, seconds = 0, 0.0
+        names, drafts = [str(i) for i in range(requests)], [list[float]() for _ in range(requests)]
         for _ in range(steps):
-            lengths = chooser.choose(requests)
-            accepted = [self.accepted(count) for count in drafts]
-            groups = [[max(lengths) if j == d < K else lengths[j] for j in range(d + 1)] for d in drafts]
-            rows = sum(drafts) + requests + sum(map(sum, groups))
+            lengths = chooser if isinstance(chooser, tuple) else chooser.choose(requests)
+            if lengths == SHAPED and isinstance(chooser, LayoutChooser):
+                self.shaper.price = chooser.price
+                shapes = self.shaper.shapes(list(zip(names, drafts, strict=True)), 1000)
+            else:
+                shapes = tuple(tuple(max(lengths) if j == len(of) < K else lengths[j] for j in range(len(of) + 1)) for of in drafts)
+            accepted = [self.accepted(of) for of in drafts]
+            for name, of, count in zip(names, drafts, accepted, strict=True):
+                self.shaper.observe(name, of, count)
+            rows = requests + sum(map(len, drafts)) + sum(map(sum, shapes))
             cost = self.seconds(rows) * self.random.uniform(0.95, 1.1)
-            chooser.observe(drafts, [1 + count for count in accepted], rows, cost)
-            drafts = [group[count] for count, group in zip(accepted, groups, strict=True)]
+            if isinstance(chooser, LayoutChooser):
+                chooser.observe([1 + count for count in accepted], rows, cost)
+            drafts = [[self.chance() for _ in range(shape[count])] for shape, count in zip(shapes, accepted, strict=True)]
+            if lengths == SHAPED:
+                drafts = [of[: self.shaper.worth_verifying(name, of)] for name, of in zip(names, drafts, strict=True)]
             tokens, seconds = tokens + sum(accepted) + requests, seconds + cost
         return tokens, seconds
+
+
+def rate(server: Server, chooser: LayoutChooser | tuple[int, ...], requests: int, steps: int) -> float:
+    """Tokens a second."""
+    tokens, seconds = server.run(chooser, requests, steps)
+    return tokens / seconds
 
 
 @pytest.mark.parametrize("requests", [1, 16])
 @pytest.mark.parametrize("row_cost", [0.0, 0.002, 0.02, 0.2])
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.9])
-def test_the_best_layout_is_found_and_exploration_costs_little(requests: int, row_cost: float, acceptance: float) -> None:
-    server, chooser = Server(row_cost, acceptance), LayoutChooser(fitting_layouts(K, 1000, 1000))
+def test_it_is_as_fast_as_the_best_layout(requests: int, row_cost: float, acceptance: float) -> None:
+    server, chooser = Server(row_cost, acceptance), LayoutChooser(K)
     server.run(chooser, requests, 600)
-    tokens, seconds = server.run(chooser, requests, 3000)
-    assert tokens / seconds > 0.93 * max(server.rate(lengths, requests) for lengths in candidate_layouts(K))
+    best = max(rate(Server(row_cost, acceptance), layout, requests, 400) for layout in candidate_layouts(K))
+    assert rate(server, chooser, requests, 3000) > 0.93 * best
+
+
+@pytest.mark.parametrize("row_cost", [0.02, 0.05])
+def test_where_the_drafter_is_sometimes_sure_it_is_faster_than_every_layout(row_cost: float) -> None:
+    def server() -> Server:
+        one = Server(row_cost, 0.6)
+        one.chance = lambda: one.random.choice([0.2, 0.99])  # type: ignore[method-assign]
+        return one
+
+    chooser, serving = LayoutChooser(K), server()
+    serving.run(chooser, 1, 600)
+    best = max(rate(server(), layout, 1, 3000) for layout in candidate_layouts(K))
+    assert rate(serving, chooser, 1, 3000) > 1.04 * best
 
 
 class Restless(Server):
-    """A machine whose neighbours come and go, and text that every request finds easy for a while and hard for a while."""
+    """A machine whose neighbours come and go, and text that is easy for a while and hard for a while."""
 
     pace, easy = 1.0, False
 
@@ -69,103 +108,85 @@ class Restless(Server):
             self.pace = self.random.choice([1.0, 1.3, 1.8])
         return self.pace * super().seconds(rows) * (3.0 if self.random.random() < 0.02 else 1.0)
 
-    def accepted(self, drafts: int) -> int:
-        for count in range(drafts + 1):
-            if self.random.random() < 0.02:  # of a token
-                self.easy = not self.easy
-            if count == drafts or not (self.easy or self.random.random() < 0.5):
-                return count
-        raise AssertionError
+    def chance(self) -> float:
+        if self.random.random() < 0.02:  # of a token
+            self.easy = not self.easy
+        return 1.0 if self.easy else 0.5
 
 
 @pytest.mark.parametrize("row_cost", [0.01, 0.03, 0.1])
 def test_neighbours_and_changing_text_do_not_mislead_it(row_cost: float) -> None:
-    layouts = fitting_layouts(K, 1000, 1000)
-
-    def rate(choices: list[tuple[int, ...]], steps: int) -> float:
-        server, chooser = Restless(row_cost, 0.5, seed=1), LayoutChooser(choices)
-        server.run(chooser, 1, 1000)
-        tokens, seconds = server.run(chooser, 1, steps)
-        return tokens / seconds
-
-    best = max(rate([layout], 20_000) for layout in layouts)
-    assert rate(layouts, 10_000) > 0.93 * best
+    server, chooser = Restless(row_cost, 0.5, seed=1), LayoutChooser(K)
+    server.run(chooser, 1, 1000)
+    best = max(rate(Restless(row_cost, 0.5, seed=1), layout, 1, 20_000) for layout in candidate_layouts(K))
+    assert rate(server, chooser, 1, 10_000) > 0.95 * best
 
 
 def test_a_machine_that_gets_slower_and_slower_does_not_mislead_it() -> None:
-    """What takes longer all the time is not the layout that happens to run."""
-    server, chooser = Server(0.03, 0.7), LayoutChooser(fitting_layouts(K, 1000, 1000))
-    rates = [server.rate(lengths, 1) for lengths in chooser.layouts]
+    """What takes longer all the time is not what happens to run."""
+    server, chooser = Server(0.03, 0.7), LayoutChooser(K)
     seconds, steps = server.seconds, iter(range(100_000))
     server.seconds = lambda rows: (1 + next(steps) / 1000) * seconds(rows)  # type: ignore[method-assign]
     chosen = []
     for _ in range(60):
         server.run(chooser, 1, 100)
-        chosen.append(rates[chooser.layouts.index(chooser.best(1))])
-    assert sum(chosen[10:]) / 50 > 0.93 * max(rates)
+        chosen.append(chooser.best(1))
+    assert chosen[10:].count(SHAPED) > 45
 
 
 def test_where_drafts_are_worthless_it_becomes_plain_decoding_and_stays_close_to_it() -> None:
-    server, chooser = Server(0.05, 0.0), LayoutChooser(fitting_layouts(K, 1000, 1000))
+    server, chooser = Server(0.05, 0.0), LayoutChooser(K)
     server.run(chooser, 4, 1000)
     assert chooser.best(4) == PLAIN
     _, seconds = server.run(chooser, 4, 4000)
     assert seconds < 1.01 * 4000 * server.seconds(4) * 1.025
 
 
-def test_where_rows_are_dear_looking_out_for_better_layouts_costs_little() -> None:
-    """A full comb is ten times as slow there: a trial of it must end as soon as that shows."""
-    server, chooser = Server(0.2, 0.6), LayoutChooser(fitting_layouts(K, 1000, 1000))
+def test_where_rows_are_dear_looking_out_for_drafts_costs_little() -> None:
+    server, chooser = Server(0.2, 0.3), LayoutChooser(K)
     server.run(chooser, 16, 600)
+    plain = rate(Server(0.2, 0.3), PLAIN, 16, 1000)
     for _ in range(6):
-        tokens, seconds = server.run(chooser, 16, 500)
-        assert tokens / seconds > 0.95 * server.rate(PLAIN, 16)
+        assert rate(server, chooser, 16, 500) > 0.96 * plain
 
 
 def test_a_tie_goes_to_plain_decoding() -> None:
-    """Mask rows that cost nothing and bring nothing: the noise of the clock alone would choose any layout."""
-    choosers = [LayoutChooser(fitting_layouts(K, 1000, 1000)) for _ in range(10)]
+    """Mask rows that cost nothing and bring nothing: the noise of the clock alone would choose either."""
+    choosers = [LayoutChooser(K) for _ in range(10)]
     for seed, chooser in enumerate(choosers):
         Server(0.0, 0.0, seed).run(chooser, 1, 3000)
     assert [chooser.best(1) for chooser in choosers] == [PLAIN] * 10
 
 
 def test_it_comes_back_when_drafts_become_worth_their_rows_again() -> None:
-    server, chooser = Server(0.01, 0.0), LayoutChooser(fitting_layouts(K, 1000, 1000))
+    server, chooser = Server(0.01, 0.0), LayoutChooser(K)
     server.run(chooser, 1, 2000)
     assert chooser.best(1) == PLAIN
     server.acceptance = 0.9
     server.run(chooser, 1, 20_000)
-    assert max(chooser.best(1)) > 1
+    assert chooser.best(1) == SHAPED
 
 
-def test_batch_sizes_are_told_apart() -> None:
-    server, chooser = Server(0.02, 0.7), LayoutChooser(fitting_layouts(K, 1000, 1000))
+def test_a_row_is_dearer_in_a_larger_batch() -> None:
+    server, chooser = Server(0.02, 0.7), LayoutChooser(K)
+    prices: dict[int, float] = {}
     for _ in range(20):
-        server.run(chooser, 1, 200)
-        server.run(chooser, 32, 200)
-    assert rows_of(chooser.best(32)) < rows_of(chooser.best(1))
+        for requests in (1, 32):
+            server.run(chooser, requests, 200)
+            prices[requests] = chooser.price
+    assert prices[1] == pytest.approx(0.02 * 2.5, rel=0.5)
+    assert prices[32] > 5 * prices[1]
 
 
-def test_a_new_batch_size_does_not_begin_with_layouts_that_are_hopeless_at_the_next_one() -> None:
-    server, chooser = Server(0.2, 0.3), LayoutChooser(fitting_layouts(K, 1000, 1000))
+def test_a_new_batch_size_does_not_begin_with_what_is_hopeless_at_the_next_one() -> None:
+    server, chooser = Server(0.2, 0.3), LayoutChooser(K)
     server.run(chooser, 8, 2000)
     assert chooser.best(8) == PLAIN
     masked = 0
     for _ in range(300):
         masked += chooser.choose(3) != PLAIN
         server.run(chooser, 3, 1)
-    assert masked < 20
-
-
-def test_layouts_beyond_the_room_are_never_chosen() -> None:
-    server, chooser = Server(0.0, 1.0), LayoutChooser(fitting_layouts(K, 10, 10))
-    seen = set()
-    for _ in range(500):
-        seen.add(chooser.choose(1))
-        server.run(chooser, 1, 1)
-    assert max(map(rows_of, seen)) <= 10
-    assert len(seen) > 1
+    assert masked < 25
 
 
 def test_the_candidates_hold_plain_decoding_and_the_full_comb() -> None:
@@ -174,19 +195,22 @@ def test_the_candidates_hold_plain_decoding_and_the_full_comb() -> None:
     assert layouts[-1] == group_lengths("quadratic", 8)
     assert [rows_of(lengths) for lengths in layouts] == sorted(map(rows_of, layouts))
     assert all(len(lengths) == 9 for lengths in layouts)
+    assert max(map(rows_of, fitting_layouts(K, 10, 10))) <= 10
 
 
 @pytest.mark.parametrize("agreed", [True, False])
-def test_ranks_with_different_clocks_choose_the_same_layouts_if_they_agree_on_the_time(agreed: bool) -> None:
-    def layouts(rank: Rank) -> list[tuple[int, ...]]:
-        chooser, clock = LayoutChooser(fitting_layouts(K, 1000, 1000), rank.max if agreed else float), random.Random(rank.index)
-        chosen = []
-        for step in range(1000):
-            chosen.append(chooser.choose(1 + step // 400))
-            width = max(chosen[-1])
-            chooser.observe([width], [1 + width // 2], rows_of(chosen[-1]) if width else 1, clock.uniform(0.5, 2.0))
-        return chosen
+def test_ranks_with_different_clocks_choose_alike_if_they_agree_on_the_times(agreed: bool) -> None:
+    def chosen(rank: Rank) -> list[tuple[tuple[int, ...], float]]:
+        def agree(times: list[float]) -> list[float]:
+            return [rank.max(time) for time in times]
 
-    first, *others = on_ranks(3, layouts)
+        chooser, clock = LayoutChooser(K, agree if agreed else list), random.Random(rank.index)
+        found = []
+        for step in range(1000):
+            found.append((chooser.choose(1 + step // 400), chooser.price))
+            chooser.observe([2], 4 + step % 8 if found[-1][0] == SHAPED else 1, clock.uniform(0.5, 2.0))
+        return found
+
+    first, *others = on_ranks(3, chosen)
     assert all(other == first for other in others) is agreed
     assert len(set(first)) > 2

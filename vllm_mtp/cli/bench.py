@@ -15,7 +15,7 @@ from vllm_mtp.cli.show import print_error, print_table
 def default_methods(adapter: str) -> dict[str, Any]:
     """What is compared where no file says it: this package, and vLLM's n-gram lookup, which needs no training."""
     return {
-        "vllm-mtp": {"speculative": {"method": "mtp", "model": adapter, "num_speculative_tokens": 4, "layout": "auto"}},
+        "vllm-mtp": {"speculative": {"method": "mtp", "model": adapter}},
         "n-gram": {
             "speculative": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
             "search": {"num_speculative_tokens": [2, 4]},

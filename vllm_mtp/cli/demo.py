@@ -21,7 +21,6 @@ from vllm_mtp.whole_files import write_whole
 CONCURRENCIES = (1, 16)
 PROMPTS_BY_CONCURRENCY = {1: 24, 16: 64}
 NUM_FLOAT32_PROMPTS = 16
-DEFAULT_DRAFTS = 4  # what a CPU carries best; a larger comb's rows cost more than their drafts save
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,8 @@ class Progress:
 
 def speculative_config(options: DemoOptions) -> dict[str, Any]:
     """The one JSON that selects the plugin."""
-    from vllm_mtp.adapter import read_config
-
-    config = read_config(options.adapter)
-    wanted = options.num_speculative_tokens or (config.serving and config.serving.num_speculative_tokens)
-    speculative = {
-        "method": "mtp",
-        "model": options.adapter,
-        "num_speculative_tokens": wanted or min(DEFAULT_DRAFTS, config.num_mask_tokens),
-    }
-    return speculative if options.layout is None else {**speculative, "layout": options.layout}
+    given = {"num_speculative_tokens": options.num_speculative_tokens, "layout": options.layout}
+    return {"method": "mtp", "model": options.adapter, **{name: value for name, value in given.items() if value is not None}}
 
 
 def engine_args(options: DemoOptions, *, dtype: str, enforce_eager: bool, speculative: bool) -> dict[str, Any]:

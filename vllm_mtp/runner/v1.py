@@ -1,6 +1,7 @@
 """vLLM's V1 model runner: the proposer that it loads as `custom_class`, and what it needs of the runner
 (v1/worker/gpu_model_runner.py)."""
 
+import math
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm_mtp.confidence import ConfidentDrafts, Drafted
 from vllm_mtp.config import NO_OPTIONS, RequestOptions
 from vllm_mtp.drafter import SampledDrafts
 from vllm_mtp.plan import EngineStep, PlannedStep
+from vllm_mtp.shaping import SHAPED, Shaper
 from vllm_mtp.target import MaskTokenTarget
 
 
@@ -35,7 +37,9 @@ class MaskTokenProposer(MaskTokenTarget):
             )
         compat.hook_v1_runner()
         self.runner: Any = None
-        self.chooser = load.LayoutChooser(self.layouts, parallel.longest)
+        self.chooser = load.LayoutChooser(self.k, parallel.longest)
+        self.shaper = Shaper(self.k)
+        self.shapes_groups = self.options.layout == "auto"
         self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
         self.verified: list[int] = []
         """Drafts that each request of the running step verifies."""
@@ -45,6 +49,10 @@ class MaskTokenProposer(MaskTokenTarget):
     def load_model(self, target: torch.nn.Module) -> None:
         """Installs mask rows in the loaded target; vLLM compiles and profiles it afterwards."""
         self.install(target, self._next_step)
+
+    @property
+    def wants_confidence(self) -> bool:
+        return self.by_confidence or self.shapes_groups
 
     def bind(self, runner: Any) -> None:
         """Takes the runner once its KV cache stands."""
@@ -62,7 +70,7 @@ class MaskTokenProposer(MaskTokenTarget):
             runner.rejection_sampler.forward = verifier.with_confidence(runner.rejection_sampler, self._confident, self.breaker)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
-        return self.layouts[0] if len(self.layouts) == 1 else self.chooser.choose(num_requests)
+        return self.chooser.choose(num_requests) if self.shapes_groups else self.layouts[0]
 
     def _next_step(self) -> PlannedStep | None:
         """The plan of the step whose forward is about to run, from the runner's batch (v1/worker/gpu_input_batch.py)."""
@@ -72,7 +80,7 @@ class MaskTokenProposer(MaskTokenTarget):
         self.planner.counters.stepped(lengths)
         rows = np.diff(self.runner.query_start_loc.np[: num_requests + 1])
         self.verified, self.num_rows = (rows - 1).tolist(), int(rows.sum())
-        if not any(lengths):
+        if lengths == self.chooser.plain:
             return None
         request_len = batch.num_computed_tokens_cpu[:num_requests] + rows
         known = batch.num_tokens_no_spec[:num_requests]
@@ -83,6 +91,7 @@ class MaskTokenProposer(MaskTokenTarget):
         most_drafts = [self._most_drafts(request) for request in batch.req_ids]
         if 0 in most_drafts:
             drafts[np.equal(most_drafts, 0)] = -1
+        shapes = self._shapes(batch.req_ids, drafts.tolist()) if lengths == SHAPED else ()
         table = batch.block_table[0].get_device_tensor(num_requests)
         lens = torch.from_numpy(request_len.astype(np.int64)).to(table.device)
         return self.planner.plan(
@@ -92,10 +101,31 @@ class MaskTokenProposer(MaskTokenTarget):
                 lens,
                 int(request_len.max()),
                 table,
-                lengths,
+                lengths or self.layouts[-1],
                 most_drafts=() if min(most_drafts) == self.k else tuple(most_drafts),
+                shapes=shapes,
             )
         )
+
+    def _shapes(self, requests: list[str], drafts: list[int]) -> tuple[tuple[int, ...], ...]:
+        """Group lengths of each request's own, by drafts accepted.
+
+        Args:
+            requests: of the step.
+            drafts: that each verifies; -1 for one that can use no draft.
+        """
+        self.shaper.price = self.chooser.price
+        known = [
+            (request, self._probabilities(request, count)) if count >= 0 else None
+            for request, count in zip(requests, drafts, strict=True)
+        ]
+        return self.shaper.shapes(known, self.planner.room(self.num_rows))
+
+    def _probabilities(self, request: str, count: int) -> list[float]:
+        """Of the first drafts of `request`, as the drafter sees them; 1 for one that is taken without a match."""
+        drafted = self.drafted.get(request)
+        known = [] if drafted is None else drafted.chances[:count]
+        return known + [0.0] * (count - len(known))
 
     def _max_len(self, request: str) -> int:
         """Tokens at which `request` stops at the latest."""
@@ -130,7 +160,8 @@ class MaskTokenProposer(MaskTokenTarget):
             self.drafted = {request: drafted for request, drafted in self.drafted.items() if request in self.runner.requests}
         for request, tokens, chances in zip(requests, drafts, probabilities, strict=True):
             asked = self._asked(request).mtp_tau
-            self.drafted[request] = Drafted(tokens, chances, self.options.default_tau if asked is None else asked)
+            tau = self.options.default_tau if asked is None else asked
+            self.drafted[request] = Drafted(tokens, chances, tau if self.by_confidence else math.inf)
 
     def _observe(self, now: float, sampled_token_ids: list[list[int]]) -> None:
         """Tells the chooser of layouts what the step gave, if it and the step before it decoded for the same requests."""
@@ -140,7 +171,7 @@ class MaskTokenProposer(MaskTokenTarget):
         if running == requests:
             states = self.expansion.last
             rows = self.num_rows + (0 if states is None else states.groups.num_rows)
-            self.chooser.observe(self.verified, [len(tokens) for tokens in sampled_token_ids], rows, now - before)
+            self.chooser.observe([len(tokens) for tokens in sampled_token_ids], rows, now - before)
 
     def _count(self, sampled_token_ids: list[list[int]]) -> None:
         """Counts what became of the step's drafts."""
@@ -148,9 +179,13 @@ class MaskTokenProposer(MaskTokenTarget):
         drafted = list(map(len, batch.spec_token_ids))
         if not any(drafted):
             return
-        for count, tokens in zip(drafted, sampled_token_ids, strict=False):
+        for request, count, tokens in zip(batch.req_ids, drafted, sampled_token_ids, strict=False):
             if count and tokens:
                 counters.verified(count, len(tokens) - 1)
+                if self.shapes_groups:
+                    self.shaper.observe(request, self._probabilities(request, count), len(tokens) - 1)
+        if self.shapes_groups:
+            self.shaper.keep(batch.req_ids)
         if self.by_confidence:
             self._count_confident(drafted, sampled_token_ids)
 
@@ -191,7 +226,7 @@ class MaskTokenProposer(MaskTokenTarget):
 
     def _drafts(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any) -> list[list[int]]:
         begin = time.perf_counter()
-        if len(self.layouts) > 1:
+        if self.shapes_groups:
             self._observe(begin, sampled_token_ids)
         self._count(sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
@@ -208,34 +243,40 @@ class MaskTokenProposer(MaskTokenTarget):
         if not chosen:
             return drafts
         last = groups.num_rows - 1
-        greedy = self.drafts_any_number and not self.probabilistic and not self.by_confidence
-        wanted = max(usable for _, _, usable in chosen) if greedy else self.k
+        drawn = self.probabilistic and not self.runner.input_batch.sampling_metadata.all_greedy
+        wanted = max(usable for _, _, usable in chosen) if self.drafts_any_number and not drawn else self.k
         rows = torch.tensor(
             [[min(groups.starts[group] + m, last) for m in range(wanted)] for _, group, _ in chosen], device=hidden.device
         )
         sampled = torch.tensor([sampled_token_ids[i][-1] for i, _, _ in chosen], device=hidden.device)
         drafting = time.perf_counter()
         probabilities = None
-        if self.probabilistic and not self.runner.input_batch.sampling_metadata.all_greedy:
+        if drawn:
             last_positions = [int(num_tokens_no_spec[i]) - 1 for i, _, _ in chosen]
             found = self._sampled_drafts(hidden, rows, sampled, [i for i, _, _ in chosen], last_positions)
             ids = found.drafts.tolist()
-            if self.by_confidence:
+            if self.wants_confidence:
                 probabilities = found.confidence()
-        elif self.by_confidence:
+        elif self.wants_confidence:
             best, probabilities = self.draft_with_confidence(hidden, rows, sampled)
             ids = best.tolist()
         else:
             ids = self.draft(hidden, rows, sampled).tolist()
         if probabilities is not None:
-            self._remember([self.runner.input_batch.req_ids[i] for i, _, _ in chosen], ids, probabilities.tolist())
+            self._remember([self.runner.input_batch.req_ids[i] for i, _, _ in chosen], ids, parallel.of_first_rank(probabilities))
         drafted = time.perf_counter()
         for (i, _, usable), row in zip(chosen, ids, strict=True):
-            drafts[i] = row[:usable]
+            drafts[i] = row[: self._worth_verifying(self.runner.input_batch.req_ids[i], usable)]
         counters = self.planner.counters
         counters.drafter_time += drafted - drafting
         counters.draft_time += drafting - begin + time.perf_counter() - drafted
         return drafts
+
+    def _worth_verifying(self, request: str, usable: int) -> int:
+        """How many of a request's first `usable` drafts to hand out."""
+        if not self.shapes_groups:
+            return usable
+        return self.shaper.worth_verifying(request, self._probabilities(request, usable))
 
     def _sampled_drafts(
         self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor, requests: list[int], last_positions: list[int]
