@@ -4,7 +4,7 @@
 
 Greedy, bfloat16, the demo model. Three parts:
 
-- **clients**: pairs of runs with plain vLLM, in turns, at 1 to 32 clients;
+- **clients**: pairs of runs with plain vLLM, in turns, at 1 to 32 clients; lossless, and by confidence from 0.9 on;
 - **ramp**: the number of clients goes from 1 to 32 and back, prompts short and long in turns; plain vLLM, `auto` and fixed
   layouts, in turns over the same prompts;
 - **forecast**: while the ramp runs on `auto` once more, the layout of every step, and for each layout and number of requests the
@@ -33,26 +33,29 @@ from vllm_mtp.cli.measure import compare, in_turns, machine
 from vllm_mtp.metrics import layout_name
 from vllm_mtp.whole_files import write_whole
 
-K = 4
+K = 8
 CLIENTS = (1, 2, 4, 8, 16, 32)
-FIXED: dict[str, Any] = {"one mask": [0, 1, 0, 0, 0], "linear": "linear", "comb of 2": [2, 2, 2, 0, 0], "quadratic": "quadratic"}
+AUTO: dict[str, Any] = {"num_speculative_tokens": K}
+BY_CONFIDENCE = {**AUTO, "acceptance": "confidence", "tau": 0.9}
+FIXED: dict[str, Any] = {
+    "linear 1": {"num_speculative_tokens": 1, "layout": "linear"},
+    "linear 4": {"num_speculative_tokens": 4, "layout": "linear"},
+    "comb of 2": {"num_speculative_tokens": 2, "layout": "quadratic"},
+    "comb of 4": {"num_speculative_tokens": 4, "layout": "quadratic"},
+}
 
 OFF = {"median": "median_error", "at most": "largest_error", "single steps": "median_error_of_a_step"}
 
 
-def speculative(layout: Any) -> dict[str, Any]:
-    return {"method": "mtp", "model": str(demo.ADAPTER), "num_speculative_tokens": K, "layout": layout}
-
-
-def arguments(layout: Any = None) -> dict[str, Any]:
-    """Of an engine with this layout, plain without."""
+def arguments(speculative: dict[str, Any] | None) -> dict[str, Any]:
+    """Of an engine that drafts so, plain without."""
     return {
         "model": str(demo.BASE),
         "dtype": "bfloat16",
         "max_num_seqs": max(CLIENTS),
         "enable_prefix_caching": False,  # or every run after the first would skip its prompts
         "disable_log_stats": True,
-        **({} if layout is None else {"speculative_config": speculative(layout)}),
+        **({} if speculative is None else {"speculative_config": {"method": "mtp", "model": str(demo.ADAPTER), **speculative}}),
     }
 
 
@@ -70,12 +73,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def by_clients(plain: EngineProcess, auto: EngineProcess, options: argparse.Namespace) -> list[dict[str, Any]]:
+def by_clients(plain: EngineProcess, ours: EngineProcess, options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for clients in CLIENTS:
         prompts = demo.mixed_prompts()[: max(16, 4 * clients)]
         comparison = compare(
-            plain, auto, prompts, concurrency=clients, max_tokens=options.max_tokens, rounds=options.rounds, progress=say
+            plain, ours, prompts, concurrency=clients, max_tokens=options.max_tokens, rounds=options.rounds, progress=say
         )
         found.append(comparison.figures())
     return found
@@ -111,7 +114,7 @@ def forecast(options: argparse.Namespace) -> dict[str, Any]:
 
     from vllm_mtp.cli.engine_worker import generate
 
-    llm = LLM(**arguments("auto"))
+    llm = LLM(**arguments(AUTO))
     executor: Any = llm.llm_engine.model_executor
     chooser = executor.driver_worker.worker.model_runner.drafter.chooser
     observe, steps = chooser.observe, []
@@ -160,12 +163,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
     clients = [cell["concurrency"] for cell in report["clients"]]
-    ratios = [cell["ratio"] for cell in report["clients"]]
-    spread = [
-        [ratio - cell["ratio_range"][0] for ratio, cell in zip(ratios, report["clients"], strict=True)],
-        [cell["ratio_range"][1] - ratio for ratio, cell in zip(ratios, report["clients"], strict=True)],
-    ]
-    left.errorbar(clients, ratios, spread, marker="o", capsize=3)
+    for part, label in (("clients", "lossless"), ("by_confidence", "tau 0.9")):
+        ratios = [cell["ratio"] for cell in report[part]]
+        spread = [
+            [ratio - cell["ratio_range"][0] for ratio, cell in zip(ratios, report[part], strict=True)],
+            [cell["ratio_range"][1] - ratio for ratio, cell in zip(ratios, report[part], strict=True)],
+        ]
+        left.errorbar(clients, ratios, spread, marker="o", capsize=3, label=label)
+    left.legend()
     left.axhline(1, color="grey", linewidth=0.8)
     left.set(
         xscale="log",
@@ -209,9 +214,9 @@ def main() -> None:
         report[part] = found
         write_whole(options.output, json.dumps(report).replace(f'"{Path.cwd()}/', '"') + "\n")
 
-    if "clients" not in report or "ramp" not in report:
+    if not {"clients", "by_confidence", "ramp"} <= report.keys():
         logs = Path(tempfile.mkdtemp(prefix="vllm-mtp-load-"))
-        layouts: dict[str, Any] = {"plain": None, "auto": "auto", **({} if "ramp" in report else FIXED)}
+        layouts = {"plain": None, "auto": AUTO, "tau 0.9": BY_CONFIDENCE, **({} if "ramp" in report else FIXED)}
         say(f"starting {len(layouts)} engines; their logs are in {logs}")
         with ExitStack() as stack:
             engines = {
@@ -222,16 +227,20 @@ def main() -> None:
                 engine.wait_until_ready()
             if "clients" not in report:
                 keep("clients", by_clients(engines["plain"], engines["auto"], options))
+            if "by_confidence" not in report:
+                keep("by_confidence", by_clients(engines["plain"], engines["tau 0.9"], options))
+            engines.pop("tau 0.9")
             if "ramp" not in report:
                 keep("ramp", over_the_ramp(engines, options))
     if "forecast" not in report:
         keep("forecast", forecast(options))
 
-    print("| clients | plain | auto | ratio | tokens a forward |\n|---|---|---|---|---|")
-    for cell in report["clients"]:
-        speed, (low, high) = cell["tokens_per_second"], cell["ratio_range"]
-        cells = f"{speed['plain']:.0f} | {speed['ours']:.0f} | {cell['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        print(f"| {cell['concurrency']} | {cells} | {cell['tokens_per_forward']['ours']:.2f} |")
+    for part in ("clients", "by_confidence"):
+        print(f"| {part} | plain | auto | ratio | tokens a forward |\n|---|---|---|---|---|")
+        for cell in report[part]:
+            speed, (low, high) = cell["tokens_per_second"], cell["ratio_range"]
+            cells = f"{speed['plain']:.0f} | {speed['ours']:.0f} | {cell['ratio']:.2f} ({low:.2f} to {high:.2f})"
+            print(f"| {cell['concurrency']} | {cells} | {cell['tokens_per_forward']['ours']:.2f} |")
     print("\n| over the ramp | seconds | over auto |\n|---|---|---|")
     for row in sorted(report["ramp"], key=lambda row: row["seconds"]):
         print(
