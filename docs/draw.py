@@ -18,6 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from vllm_mtp.cli.eval import tokens_per_forward
 from vllm_mtp.layout import Groups, group_lengths, plan_groups
+from vllm_mtp.shaping import Shaper
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 REAL, MASK, ACCEPTED, REJECTED, QUIET = "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#777777"
@@ -108,16 +109,24 @@ def attention() -> Figure:
 
 
 def layouts(k: int = 4) -> Figure:
-    """Mask rows behind each row of a request, by layout."""
-    named = {name: group_lengths(name, k) for name in ("quadratic", "linear")}
-    shown = {"quadratic": named["quadratic"], "[4, 3, 2, 1, 0]": (4, 3, 2, 1, 0), "linear": named["linear"]}
-    figure = Figure(figsize=(9.2, 2.5))
+    """Mask rows behind each row of a request, by layout, and under `auto` by how sure its drafts are."""
+    shaper = Shaper(k, price=0.06)
+    sure, doubtful = shaper.shapes([("sure", [0.99, 0.98, 0.97, 0.95]), ("doubtful", [0.6, 0.4])], k * (k + 1))
+    shown = {
+        "quadratic": group_lengths("quadratic", k),
+        "[4, 3, 2, 1, 0]": (4, 3, 2, 1, 0),
+        "linear": group_lengths("linear", k),
+        "auto, sure": sure,
+        "auto, doubtful": doubtful,
+    }
+    figure = Figure(figsize=(13, 2.5))
     for axes, (name, lengths) in zip(figure.subplots(1, len(shown), sharey=True), shown.items(), strict=True):
         for row, length in enumerate(lengths):
             axes.bar(range(row * (k + 2), row * (k + 2) + 1), 1, color=REAL)
             axes.bar(range(row * (k + 2) + 1, row * (k + 2) + 1 + length), 1, color=MASK)
-        axes.set_title(f"{name}: {1 + k} + {sum(lengths)} rows", fontsize=10)
-        axes.set_xticks([row * (k + 2) for row in range(k + 1)], range(k + 1), fontsize=8)
+        axes.set_title(f"{name}: {len(lengths)} + {sum(lengths)} rows", fontsize=10)
+        axes.set_xticks([row * (k + 2) for row in range(len(lengths))], range(len(lengths)), fontsize=8)
+        axes.set(xlim=(-1, (k + 1) * (k + 2)))
         axes.set_xlabel("drafts accepted", fontsize=9)
         axes.set_yticks([])
         for side in axes.spines.values():
