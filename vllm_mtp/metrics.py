@@ -131,6 +131,7 @@ def values(counters: Counters, options: ServingOptions, on: bool = True) -> Iter
         yield Value(ACCEPTED, (label, "verification"), counters.accepted[position] - confident)
         if options.acceptance == "confidence":
             yield Value(ACCEPTED, (label, "confidence"), confident)
+        if options.acceptance == "confidence" or any(counters.expected):
             yield Value(EXPECTED, (label,), counters.expected[position])
     for part, seconds in (("plan", counters.plan_time), ("drafter", counters.drafter_time), ("hand_over", counters.draft_time)):
         yield Value(SECONDS, (part,), seconds)
@@ -166,10 +167,10 @@ def line(before: Counters, now: Counters, seconds: float, k: int) -> str:
         f"{1 + sum(accepted) / drafts:.2f} tokens a verification, drafts accepted by position {_shares(accepted, drafts)}",
     ]
     if any(expected):
-        parts.append(
-            f"expected {_shares(expected, drafts)}, by confidence {_shares(confident, drafts)}, "
-            f"{now.unmatched - before.unmatched} of them not the target's best"
-        )
+        parts[-1] += f", expected {_shares(expected, drafts)}"
+    if any(confident):
+        best = f"{now.unmatched - before.unmatched} of them not the target's best"
+        parts.append(f"by confidence {_shares(confident, drafts)}, {best}")
     planning, drafting = now.plan_time - before.plan_time, now.drafter_time - before.drafter_time
     handing = now.draft_time - before.draft_time
     parts.append(

@@ -4,10 +4,12 @@ Every shape follows from what the host knows of the step (`EngineStep`), and wha
 operations: nothing is read back from the device. So a plan can be made while the device still runs the step before.
 """
 
+import operator
 import time
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -60,6 +62,11 @@ class Counters:
             self.drafted[position] += 1
         for position in range(accepted):
             self.accepted[position] += 1
+
+    def expect(self, probabilities: Iterable[float]) -> None:
+        """A request verified drafts that the drafter thought so likely."""
+        for position, expected in enumerate(accumulate(probabilities, operator.mul)):
+            self.expected[position] += expected
 
     def snapshot(self) -> "Counters":
         """A copy, which may be made while another thread counts."""

@@ -92,7 +92,7 @@ class Shaper:
         record = self._record(request)
         for acceptance in (self.acceptance, record.acceptance):
             acceptance.observe([len(probabilities)], [accepted])
-        for probability, draft in zip(probabilities[: accepted + 1], range(self.k), strict=False):
+        for draft, probability in enumerate(probabilities[: accepted + 1]):
             self.trust.observe(probability, draft < accepted)
             record.trust.observe(probability, draft < accepted)
 

@@ -182,6 +182,8 @@ class MaskTokenProposer(MaskTokenTarget):
         for request, count, tokens in zip(batch.req_ids, drafted, sampled_token_ids, strict=False):
             if count and tokens:
                 counters.verified(count, len(tokens) - 1)
+                if request in self.drafted:
+                    counters.expect(self.drafted[request].probabilities[:count])
                 if self.shapes_groups:
                     self.shaper.observe(request, self._probabilities(request, count), len(tokens) - 1)
         if self.shapes_groups:
@@ -195,12 +197,9 @@ class MaskTokenProposer(MaskTokenTarget):
         if confident is not None and confident.taken is not None and confident.unmatched is not None:
             taken, unmatched = confident.taken.tolist(), confident.unmatched.tolist()
         self.confident = None
-        for request, count, tokens in zip(self.runner.input_batch.req_ids, drafted, sampled_token_ids, strict=False):
-            known, expected = self.drafted.get(request), 1.0
-            for position in range(count if tokens else 0):
-                expected *= known.probabilities[position] if known is not None else 0.0
-                counters.expected[position] += expected
-                if position < len(tokens) - 1 and taken[first + position]:
+        for count, tokens in zip(drafted, sampled_token_ids, strict=False):
+            for position in range(min(count, len(tokens) - 1)):
+                if taken[first + position]:
                     counters.confident[position] += 1
                     counters.unmatched += unmatched[first + position]
             first += count
