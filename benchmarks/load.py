@@ -208,7 +208,7 @@ def main() -> None:
     settings = {"rounds": options.rounds, "max_tokens": options.max_tokens, "k": K}
     if report.get("settings", settings) != settings:
         parser.error(f"{options.output} was begun with other settings, {report['settings']}: give those, or another file")
-    report |= {"command": sys.argv, "machine": machine(), "settings": settings}
+    report |= {"command": ["python", "-m", "benchmarks.load", *sys.argv[1:]], "machine": machine(), "settings": settings}
 
     def keep(part: str, found: Any) -> None:
         report[part] = found

@@ -228,6 +228,29 @@ def speed() -> str:
     )
 
 
+def load_by_clients() -> str:
+    """Tokens a second of `auto` over plain vLLM's by clients, lossless and by confidence (`benchmarks.load`)."""
+    report = measured("load.json")
+    rows = []
+    for lossless, lossy in zip(report["clients"], report["by_confidence"], strict=True):
+        cells = [str(lossless["concurrency"])]
+        for cell in (lossless, lossy):
+            low, high = cell["ratio_range"]
+            cells += [f"{cell['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{cell['tokens_per_forward']['ours']:.2f}"]
+        rows.append(cells)
+    return table(["clients", "lossless", "tokens a forward", "tau 0.9", "tokens a forward"], rows)
+
+
+def load_over_the_ramp() -> str:
+    """Seconds of `auto`, of fixed layouts and of plain vLLM while clients come and go (`benchmarks.load`)."""
+    report = measured("load.json")
+    rows = [
+        [f"`{row['layout']}`" if row["layout"] == "auto" else row["layout"], f"{row['seconds']:.1f}", f"{row['over_auto']:.2f}"]
+        for row in sorted(report["ramp"], key=lambda row: row["seconds"])
+    ]
+    return table(["", "seconds", "over `auto`, median of pairs"], rows)
+
+
 def confidence() -> str:
     """The arithmetic demo by threshold and rule (`benchmarks.confidence`)."""
     report = measured("confidence.json")
@@ -308,7 +331,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "commands.md": {"commands": lambda: "\n\n".join(command(name) for name in commands())},
     "features.md": {"features": lambda: feature_table.table(feature_table.rows())},
     "hooks.md": {"hooks": hooks, "contract": relied_on},
-    "benchmark.md": {"linear layers": linear_layers},
+    "benchmark.md": {"linear layers": linear_layers, "load": load_by_clients, "ramp": load_over_the_ramp},
     "confidence.md": {"confidence": confidence},
     "../README.md": {"acceptance": lambda: acceptance(("quadratic", "sampler")), "speed": speed, "methods": methods},
     "../vllm_mtp/demo/MODEL_CARD.md": {
