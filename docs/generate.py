@@ -251,6 +251,31 @@ def load_over_the_ramp() -> str:
     return table(["", "seconds", "over `auto`, median of pairs"], rows)
 
 
+def two_forwards() -> str:
+    """Mask rows in the forward that verifies, and in one of their own (`benchmarks.two_forwards`)."""
+    rows = []
+    for run in measured("two_forwards.json")["runs"]:
+        low, high = run["ratio_range"]
+        rows.append(
+            [str(run["clients"]), run["mode"], f"{run['tokens_per_cycle']:.2f}", f"{run['ratio']:.2f} ({low:.2f} to {high:.2f})"]
+        )
+    return table(["clients", "", "tokens a cycle", "tokens a second over plain"], rows)
+
+
+def equal_drafts() -> str:
+    """Tokens a forward of all methods by number of drafts (`benchmarks.baselines.evaluate`)."""
+    drafters = measured("equal_drafts.json")["drafters"]
+    budgets = sorted({int(k) for drafter in drafters for k in drafter if k.isdigit()})
+    rows = [
+        [
+            Path(drafter["drafter"]).parent.name,
+            *(f"{drafter[str(k)]['tokens_per_forward']:.2f}" if str(k) in drafter else "-" for k in budgets),
+        ]
+        for drafter in drafters
+    ]
+    return table(["", *(f"k = {k}" for k in budgets)], rows)
+
+
 def confidence() -> str:
     """The arithmetic demo by threshold and rule (`benchmarks.confidence`)."""
     report = measured("confidence.json")
@@ -331,7 +356,13 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "commands.md": {"commands": lambda: "\n\n".join(command(name) for name in commands())},
     "features.md": {"features": lambda: feature_table.table(feature_table.rows())},
     "hooks.md": {"hooks": hooks, "contract": relied_on},
-    "benchmark.md": {"linear layers": linear_layers, "load": load_by_clients, "ramp": load_over_the_ramp},
+    "benchmark.md": {
+        "linear layers": linear_layers,
+        "load": load_by_clients,
+        "ramp": load_over_the_ramp,
+        "two forwards": two_forwards,
+        "equal drafts": equal_drafts,
+    },
     "confidence.md": {"confidence": confidence},
     "../README.md": {"acceptance": lambda: acceptance(("quadratic", "sampler")), "speed": speed, "methods": methods},
     "../vllm_mtp/demo/MODEL_CARD.md": {
