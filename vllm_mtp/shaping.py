@@ -27,7 +27,7 @@ STEPS_IN_MIND = 20.0
 SERVERS_WEIGHT = 4.0
 """Drafts of its own after which a request counts as much as all requests before it."""
 FADES = 0.97
-"""What is left of a request's record after a step without drafts: hard text does not stay hard, and nobody would see it."""
+"""What is left of what is known of a request after a step without drafts: hard text does not stay hard, and nobody would see it."""
 BELIEVED_IN_MIND = 50.0
 """Accepted drafts, as the drafter expects them, after which older ones begin to count less."""
 
@@ -50,6 +50,10 @@ class Trust:
         if self.expected > BELIEVED_IN_MIND:
             self.accepted *= BELIEVED_IN_MIND / self.expected
             self.expected = BELIEVED_IN_MIND
+
+    def fade(self, share: float) -> None:
+        """Comes nearer to taking the drafter at its word."""
+        self.accepted = share * self.accepted + (1 - share) * self.expected
 
 
 @dataclass
@@ -112,6 +116,8 @@ class Shaper:
         for count, probability in enumerate(probabilities):
             reached *= min(1.0, trust * probability)
             if reached <= self.price:
+                if not count:
+                    self._record(request).trust.fade(FADES)
                 return count
         return len(probabilities)
 

@@ -84,6 +84,24 @@ def test_a_drafter_that_is_surer_than_right_is_believed_less() -> None:
     assert shaper.worth_verifying("one", [0.6]) == 0
 
 
+def test_a_request_whose_drafts_were_bad_is_tried_again() -> None:
+    """Nothing would be seen of drafts that are never verified."""
+    shaper = shaper_after(0.8)
+    shaper.price = 0.2
+    for _ in range(60):
+        shaper.observe("one", [0.6], 0)
+    waited = 0
+    while not shaper.worth_verifying("one", [0.6]) and waited < 100:
+        waited += 1
+    assert 5 < waited < 50
+    for _ in range(60):
+        shaper.observe("two", [0.9] * K, 0)
+    waited, shaper.price = 0, 0.25
+    while not any(shaper.shapes([("two", [])], 100)[0]) and waited < 100:
+        waited += 1
+    assert 5 < waited < 100
+
+
 def test_trust_is_the_share_of_accepted_drafts_over_that_of_expected_ones() -> None:
     trust, draws = Trust(), random.Random(0)
     for _ in range(1000):
