@@ -143,3 +143,19 @@ def test_compiled(engines: Engines, prompts: list[str], plain: Plain) -> None:
     assert outputs == expected
     assert per_forward > 1.5
     assert engine.greedy(prompts[:4], 128, at_once=1) == expected[:4]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("at_once", [16, 1])
+@pytest.mark.parametrize(
+    ("k", "layout"),
+    [(1, "quadratic"), (1, "linear"), (4, "quadratic"), (4, "linear"), (8, "quadratic"), (8, "linear"), (8, "auto")],
+)
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_whole_grid(engines: Engines, prompts: list[str], plain: Plain, eager: bool, k: int, layout: str, at_once: int) -> None:
+    expected = plain(100, 128)
+    engine = engines(speculative(demo.ADAPTER, k, layout), enforce_eager=eager)
+    outputs, per_forward = engine.forwards(lambda: engine.greedy(prompts[:100], 128, at_once=at_once))
+    print(f"{sum(map(len, outputs))} tokens, {per_forward:.2f} a verification")
+    assert outputs == expected
+    assert per_forward > 1.2
