@@ -116,17 +116,17 @@ def forecast(options: argparse.Namespace) -> dict[str, Any]:
 
     llm = LLM(**arguments(AUTO))
     executor: Any = llm.llm_engine.model_executor
-    chooser = executor.driver_worker.worker.model_runner.drafter.chooser
-    observe, steps = chooser.observe, []
+    control = executor.driver_worker.worker.model_runner.drafter.control
+    observe, steps = control.observe, []
 
     def watched(tokens: list[int], rows: int, seconds: float) -> None:
-        steps.append((time.perf_counter(), len(tokens), chooser.running, rows, seconds, chooser.expected(len(tokens), rows)))
+        steps.append((time.perf_counter(), len(tokens), control.running, rows, seconds, control.expected(len(tokens), rows)))
         observe(tokens, rows, seconds)
 
     prompts, limits = ramp()
     request = {"prompts": prompts, "concurrency": limits, "sampling": {"temperature": 0.0, "max_tokens": options.max_tokens // 2}}
     generate(llm, request)
-    chooser.observe = watched
+    control.observe = watched
     start = time.perf_counter()
     generate(llm, request)
 

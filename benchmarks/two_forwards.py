@@ -30,7 +30,6 @@ from vllm_mtp import demo
 from vllm_mtp.breaker import failures
 from vllm_mtp.cli.engine_worker import generate
 from vllm_mtp.cli.measure import machine
-from vllm_mtp.layout import group_lengths
 from vllm_mtp.outputs import Output, tokens_per_forward
 from vllm_mtp.plan import EngineStep
 from vllm_mtp.whole_files import write_whole
@@ -68,16 +67,16 @@ class OwnForward:
 
         proposer, expansion = self.proposer, self.proposer.expansion
         # The last sampled token is in no cache yet: its group stands behind the row that gave it.
-        drafts = [
-            0 if tokens and count < most else -1 for tokens, count, most in zip(sampled, num_tokens, proposer.max_lens, strict=True)
+        shapes = [
+            (self.k,) if tokens and count < most else ()
+            for tokens, count, most in zip(sampled, num_tokens, proposer.max_lens, strict=True)
         ]
         step = EngineStep(
             (1,) * len(sampled),
-            tuple(drafts),
+            tuple(shapes),
             torch.tensor(num_tokens) - 1,
             max(num_tokens),
             proposer.runner.input_batch.block_table[0].get_device_tensor(len(sampled)),
-            group_lengths("linear", self.k),
         )
         planned = proposer.planner.plan(step)
         expansion.last = None

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from vllm_mtp.cli.eval import tokens_per_forward
-from vllm_mtp.layout import Groups, group_lengths, plan_groups
+from vllm_mtp.layout import Groups, group_lengths, plan_groups, shapes_of
 from vllm_mtp.shaping import Shaper
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -29,7 +29,7 @@ ROWS, SAMPLED, DRAFTS = ("return", " a", " -"), " +", (" b", "\\n")
 def groups_of(lengths: tuple[int, ...], drafts: int) -> Groups:
     """The groups of one request that verifies `drafts` drafts."""
     k = len(lengths) - 1
-    groups = plan_groups((1 + drafts,), (drafts,), lengths, k * (k + 1), k + 1, 1, torch.device("cpu"))
+    groups = plan_groups((1 + drafts,), shapes_of(lengths, (drafts,)), k, k * (k + 1), k + 1, 1, torch.device("cpu"))
     assert groups is not None
     return groups
 

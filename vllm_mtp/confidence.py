@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Drafted:
     probabilities: list[float]
     tau: float
 
-    @property
+    @cached_property
     def chances(self) -> list[float]:
         """That each draft is accepted, as the drafter sees it; 1 for one that is taken without a match."""
         return [1.0 if probability >= self.tau else probability for probability in self.probabilities]

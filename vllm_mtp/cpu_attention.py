@@ -150,7 +150,7 @@ class CpuCombAttention:
         self.real: _RealRows | None = None
 
     @staticmethod
-    def blocks_per_group(k: int, block_size: int) -> int:
+    def blocks_per_group(length: int, block_size: int) -> int:
         """None."""
         return 0
 

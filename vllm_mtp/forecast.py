@@ -28,15 +28,13 @@ class Acceptance:
         self.offered, self.accepted = [0.0] * k, [0.0] * k
         self.hoped, self.weight, self.in_mind = hoped, weight, in_mind
 
-    def observe(self, drafts: Sequence[int], accepted: Sequence[int]) -> None:
-        """Takes in one step: drafts that each request verified, and how many of them were accepted."""
-        for count, good in zip(drafts, accepted, strict=True):
-            for i in range(min(count, good + 1)):
-                self.offered[i] += 1
-                self.accepted[i] += i < good
-        for i, offered in enumerate(self.offered):
-            if offered > self.in_mind:
-                self.accepted[i] *= self.in_mind / offered
+    def observe(self, drafts: int, accepted: int) -> None:
+        """Takes in a verification: how many drafts there were, and how many of them were accepted."""
+        for i in range(min(drafts, accepted + 1)):
+            self.offered[i] += 1
+            self.accepted[i] += i < accepted
+            if self.offered[i] > self.in_mind:
+                self.accepted[i] *= self.in_mind / self.offered[i]
                 self.offered[i] = self.in_mind
 
     def fade(self, share: float) -> None:

@@ -10,6 +10,7 @@ tensor operations
 without host reads. No vLLM import.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
@@ -123,37 +124,49 @@ class Groups:
 
 
 @lru_cache(maxsize=512)
-def plan_groups(
-    num_rows: tuple[int, ...],
-    num_drafts: tuple[int, ...],
-    lengths: tuple[int, ...],
-    max_rows: int,
-    max_groups: int,
-    max_tail: int,
-    device: torch.device,
-    most_drafts: tuple[int, ...] = (),
-    shapes: tuple[tuple[int, ...], ...] = (),
-) -> Groups | None:
-    """The groups of a step's shape, or None when there is none.
+def shapes_of(lengths: tuple[int, ...], num_drafts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of requests under a layout: lengths of each one's groups by drafts accepted, one more than it verifies drafts;
+    empty for a request that cannot use a draft.
 
     A request that verifies fewer than k drafts always gets a longest group behind its last row, so that a linear layout
     starts anew.
 
     Args:
-        num_rows: real rows of each request, in batch order.
-        num_drafts: how many of them are drafts to verify; -1 for a request that cannot use a draft (a prompt chunk that
-            does not end the prompt, a last token).
         lengths: group lengths by drafts accepted, 1 + k of them (`group_lengths`).
+        num_drafts: how many of each request's rows are drafts to verify; -1 for a request that cannot use a draft (a prompt chunk
+            that does not end the prompt, a last token).
+    """
+    k, longest = len(lengths) - 1, max(lengths)
+    return tuple([(*lengths[:drafts], longest if drafts < k else lengths[k]) if drafts >= 0 else () for drafts in num_drafts])
+
+
+def capped(shapes: tuple[tuple[int, ...], ...], most: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Shapes without a group that is longer than `most` of its request."""
+    return tuple([tuple([min(length, limit) for length in shape]) for shape, limit in zip(shapes, most, strict=True)])
+
+
+@lru_cache(maxsize=512)
+def plan_groups(
+    num_rows: tuple[int, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    k: int,
+    max_rows: int,
+    max_groups: int,
+    max_tail: int,
+    device: torch.device,
+) -> Groups | None:
+    """The groups of a step's shape, or None when there is none.
+
+    Args:
+        num_rows: real rows of each request, in batch order.
+        shapes: of the requests (`shapes_of`).
+        k: most drafts of a request.
         max_rows, max_groups: mask rows and groups that the step has room for; groups beyond are left out, and their requests verify
             nothing next step.
         max_tail: the last rows of a request whose K/V a group may need for itself: those that can share a block with its
         mask tokens.
         device: of the tensors.
-        most_drafts: that each request can use, which no group of it is longer than; empty: k for all.
-        shapes: lengths of each request's own groups by drafts accepted (`shaping`), in the place of `lengths`; empty: none has its
-            own.
     """
-    k = len(lengths) - 1
     request: list[int] = []
     row: list[int] = []
     ahead: list[int] = []
@@ -165,11 +178,9 @@ def plan_groups(
     written_group: list[int] = []
     written_ahead: list[int] = []
     num_real, first_row = sum(num_rows), 0
-    for i, (rows, drafts) in enumerate(zip(num_rows, num_drafts, strict=True)):
-        for accepted in range(drafts + 1):
-            wanted = shapes[i][accepted] if shapes else max(lengths) if accepted == drafts < k else lengths[accepted]
-            if most_drafts:
-                wanted = min(wanted, most_drafts[i])
+    for i, (rows, shape) in enumerate(zip(num_rows, shapes, strict=True)):
+        drafts = len(shape) - 1
+        for accepted, wanted in enumerate(shape):
             if wanted == 0 or starts[-1] + wanted > max_rows or len(length) == max_groups:
                 continue
             group, last = len(length), first_row + rows - 1 - drafts + accepted

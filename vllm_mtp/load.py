@@ -163,7 +163,7 @@ class _Trial:
     pace: float
 
 
-class LayoutChooser:
+class LoadControl:
     """Chooses from what the steps before it gave whether a step has drafts, and says what a row may cost.
 
     Args:

@@ -25,8 +25,8 @@ class MaskAttention(Protocol):
     """A way to run the attention of mask rows in every layer."""
 
     @staticmethod
-    def blocks_per_group(k: int, block_size: int) -> int:
-        """Scratch blocks that a group of up to k mask rows needs."""
+    def blocks_per_group(length: int, block_size: int) -> int:
+        """Scratch blocks that a group of up to `length` mask rows needs."""
         ...
 
     def bind(self, kv_caches: list[torch.Tensor]) -> None:
@@ -116,9 +116,9 @@ class ForkedSequences:
         self.slots: torch.Tensor | None = None
 
     @staticmethod
-    def blocks_per_group(k: int, block_size: int) -> int:
-        """Blocks that the rest of a block and k mask tokens can take."""
-        return -(-(block_size - 1 + k) // block_size)
+    def blocks_per_group(length: int, block_size: int) -> int:
+        """Blocks that the rest of a block and a group of `length` mask tokens can take."""
+        return -(-(block_size - 1 + length) // block_size)
 
     def bind(self, kv_caches: list[torch.Tensor]) -> None:
         """Takes the layers' caches, each [blocks, ...] with the scratch blocks included."""
@@ -134,8 +134,8 @@ class ForkedSequences:
             self.kv_caches = [cache[None] for cache in kv_caches]
 
     def plan(self, groups: Groups, prefix_len: torch.Tensor, step: "EngineStep", block_size: int, scratch: int) -> StepSequences:
-        k, block_table = len(step.lengths) - 1, step.block_table
-        per_fork = self.blocks_per_group(k, block_size)
+        longest_group, block_table = max(groups.lengths), step.block_table
+        per_fork = self.blocks_per_group(longest_group, block_size)
         own = _scratch_blocks(scratch, groups.num_groups, per_fork, (block_table.device, block_table.dtype))
         full = prefix_len // block_size
         num_requests, width = block_table.shape
@@ -157,7 +157,7 @@ class ForkedSequences:
             query_start_cpu=groups.query_start_cpu,
             seq_lens=torch.cat([step.request_len, prefix_len + groups.length]).int(),
             longest_query=groups.longest_query,
-            longest=step.longest + k,
+            longest=step.longest + longest_group,
             copy_from=copy_from,
             copy_to=first,
             written_rows=groups.written_rows,

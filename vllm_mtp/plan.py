@@ -78,24 +78,19 @@ class EngineStep:
     """What the engine's glue knows of the step that is about to run; R requests.
 
     Attributes:
-        num_rows, num_drafts: real rows and drafts of each request, as `layout.plan_groups` takes them.
+        num_rows, shapes: real rows and shape of each request, as `layout.plan_groups` takes them.
         request_len: tokens of each request once all its rows count, [R].
         longest: none of them is longer than this.
         block_table: blocks of each request, [R, W].
-        lengths: group lengths of the step's layout.
         replayed: the step runs as a replay of a CUDA graph, which reads the plan where the plan of the capture stood.
-        most_drafts, shapes: as `layout.plan_groups` takes them.
     """
 
     num_rows: tuple[int, ...]
-    num_drafts: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     request_len: torch.Tensor
     longest: int
     block_table: torch.Tensor
-    lengths: tuple[int, ...]
     replayed: bool = False
-    most_drafts: tuple[int, ...] = ()
-    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
@@ -134,6 +129,7 @@ class Planner:
 
     Attributes:
         attention: of the mask rows.
+        k: most drafts of a request.
         max_rows: most rows of a step, real and mask rows together (max_num_batched_tokens).
         max_mask_rows, max_groups: most mask rows and groups of a step.
         max_model_len: positions that the model has.
@@ -142,6 +138,7 @@ class Planner:
     """
 
     attention: MaskAttention
+    k: int
     max_rows: int
     max_mask_rows: int
     max_groups: int
@@ -161,14 +158,12 @@ class Planner:
         begin = time.perf_counter()
         groups = plan_groups(
             step.num_rows,
-            step.num_drafts,
-            step.lengths,
+            step.shapes,
+            self.k,
             self.room(sum(step.num_rows)),
             self.max_groups,
             self.block_size,
             step.request_len.device,
-            step.most_drafts,
-            step.shapes,
         )
         if groups is None:
             return None
@@ -176,7 +171,7 @@ class Planner:
         sequences = self.attention.plan(groups, prefix_len, step, self.block_size, self.scratch)
         planned = PlannedStep(groups, groups.positions(prefix_len, self.max_model_len), sequences, None)
         if step.replayed:
-            planned = self._where_it_stood((step.num_rows, step.num_drafts, step.lengths), planned)
+            planned = self._where_it_stood((step.num_rows, step.shapes), planned)
         planned.metadata, planned.replayed = self.attention.prepare(planned.sequences), step.replayed
         self.counters.steps += 1
         self.counters.real_rows += groups.num_real

@@ -95,7 +95,7 @@ class Shaper:
         """
         record = self._record(request)
         for acceptance in (self.acceptance, record.acceptance):
-            acceptance.observe([len(probabilities)], [accepted])
+            acceptance.observe(len(probabilities), accepted)
         for draft, probability in enumerate(probabilities[: accepted + 1]):
             self.trust.observe(probability, draft < accepted)
             record.trust.observe(probability, draft < accepted)

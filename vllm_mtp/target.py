@@ -118,6 +118,7 @@ class MaskTokenTarget:
             embeddings = adapter.embeddings(embed, self.k, device).to(dtype)
         self.planner = Planner(
             self.attention,
+            self.k,
             max_rows=self.max_rows,
             max_mask_rows=self.max_mask_rows,
             max_groups=most_groups(self.layouts, self.max_requests, self.max_mask_rows),

@@ -56,8 +56,8 @@ def record_drafts(worker: Any) -> None:
 def disturb_clock(worker: Any) -> None:
     """Makes steps seem ten times as fast or as slow as they are, on each rank in another way; keeps what was chosen."""
     drafter, clock, worker.layouts, worker.shapes = worker.model_runner.drafter, random.Random(worker.rank), [], []
-    chooser, shaper = drafter.chooser, drafter.shaper
-    observe, choose, shapes = chooser.observe, chooser.choose, shaper.shapes
+    control, shaper = drafter.control, drafter.shaper
+    observe, choose, shapes = control.observe, control.choose, shaper.shapes
 
     def choosing(num_requests: int) -> tuple[int, ...]:
         worker.layouts.append(choose(num_requests))
@@ -67,8 +67,8 @@ def disturb_clock(worker: Any) -> None:
         worker.shapes.append(shapes(*arguments))
         return worker.shapes[-1]
 
-    chooser.observe = lambda tokens, rows, seconds: observe(tokens, rows, seconds * clock.uniform(0.1, 10))
-    chooser.choose, shaper.shapes = choosing, shaping
+    control.observe = lambda tokens, rows, seconds: observe(tokens, rows, seconds * clock.uniform(0.1, 10))
+    control.choose, shaper.shapes = choosing, shaping
 
 
 @pytest.mark.feature("tensor parallelism", "works", "on CPUs; not tried on several devices")

@@ -15,7 +15,7 @@ import torch
 from vllm import SamplingParams
 
 from vllm_mtp import demo, target
-from vllm_mtp.load import LayoutChooser
+from vllm_mtp.load import LoadControl
 from vllm_mtp.shaping import SHAPED
 
 from .conftest import Engine, Engines, speculative
@@ -38,7 +38,7 @@ PHASES = (0.05, 0.3, 0.8, 2.0)
 """Requests that come in a step, in the mean; another of them every 50 steps."""
 
 
-class RandomChooser(LayoutChooser):
+class RandomControl(LoadControl):
     """Any layout, at any step, and groups of the requests' own at any price of a row."""
 
     def __init__(self, layouts: list[tuple[int, ...]], draw: random.Random) -> None:
@@ -173,7 +173,7 @@ def test_random_steps(
     engine = engines(OURS, **SERVER, enable_prefix_caching=prefix_caching)
     proposer = engine.proposer
     assert bool(proposer.num_scratch_blocks) == in_scratch_blocks
-    chooser = proposer.chooser = RandomChooser(proposer.layouts, draw)
+    control = proposer.control = RandomControl(proposer.layouts, draw)
     written = scratch_slots(engine, monkeypatch)
     counters = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:spec_decode_num_accepted_tokens")
     before = {name: engine.metric(name) for name in counters}
@@ -182,12 +182,12 @@ def test_random_steps(
     traffic.run(steps)
 
     moved = {name.removeprefix("vllm:"): int(engine.metric(name) - before[name]) for name in counters}
-    print(dict(traffic.counts), moved, f"switches {chooser.switches}", dict(chooser.chosen), f"forks {len(written)}")
-    assert chooser.chosen.keys() == set(chooser.layouts)
-    assert (0,) * (K + 1) in chooser.chosen
+    print(dict(traffic.counts), moved, f"switches {control.switches}", dict(control.chosen), f"forks {len(written)}")
+    assert control.chosen.keys() == set(control.layouts)
+    assert (0,) * (K + 1) in control.chosen
     counts = traffic.counts
     assert counts["arrivals"] == counts["finished"] + counts["cancellations"]
-    assert min(counts["compared"], counts["cancellations"], chooser.switches) > 0
+    assert min(counts["compared"], counts["cancellations"], control.switches) > 0
     assert min(moved["num_preemptions"], moved["spec_decode_num_accepted_tokens"]) > 0
     assert bool(moved["prefix_cache_hits"]) == prefix_caching
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_mtp.layout import Groups, group_lengths, plan_groups
+from vllm_mtp.layout import Groups, capped, group_lengths, plan_groups, shapes_of
 from vllm_mtp.mask_attention import ForkedSequences
 from vllm_mtp.plan import EngineStep
 
@@ -33,7 +33,8 @@ def plan(
     batch: Requests, lengths: tuple[int, ...], max_rows: int, max_tail: int = 1000, most: tuple[int, ...] = ()
 ) -> Groups | None:
     _, rows, drafts = zip(*batch, strict=True)
-    return plan_groups(rows, drafts, lengths, max_rows, 1000, max_tail, torch.device("cpu"), most)
+    shapes = shapes_of(lengths, drafts)
+    return plan_groups(rows, capped(shapes, most) if most else shapes, K, max_rows, 1000, max_tail, torch.device("cpu"))
 
 
 def request_len(batch: Requests) -> torch.Tensor:
@@ -109,7 +110,7 @@ def test_a_fork_holds_its_prefix_and_its_group(batch: Requests, lengths: tuple[i
             else:
                 cache[table[request, position // block_size], position % block_size] = label
     prefix_len = groups.prefix_len(request_len(batch))
-    step = EngineStep((), (), request_len(batch), 200, table, lengths)
+    step = EngineStep((), (), request_len(batch), 200, table)
     fork = forks.plan(groups, prefix_len, step, block_size, scratch)
     cache[fork.copy_to] = cache[fork.copy_from]
     for request, (computed, rows, _) in enumerate(batch):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from vllm_mtp.layout import group_lengths
-from vllm_mtp.load import LayoutChooser, candidate_layouts, fitting_layouts, rows_of
+from vllm_mtp.load import LoadControl, candidate_layouts, fitting_layouts, rows_of
 from vllm_mtp.shaping import SHAPED, Shaper
 
 from .ranks import Rank, on_ranks
@@ -44,14 +44,14 @@ class Server:
             count += 1
         return count
 
-    def run(self, chooser: LayoutChooser | tuple[int, ...], requests: int, steps: int) -> tuple[int, float]:
+    def run(self, control: LoadControl | tuple[int, ...], requests: int, steps: int) -> tuple[int, float]:
         """Tokens and seconds of `steps` steps, under load control or with one layout."""
         tokens, seconds = 0, 0.0
         names, drafts = [str(i) for i in range(requests)], [list[float]() for _ in range(requests)]
         for _ in range(steps):
-            lengths = chooser if isinstance(chooser, tuple) else chooser.choose(requests)
-            if lengths == SHAPED and isinstance(chooser, LayoutChooser):
-                self.shaper.price = chooser.price
+            lengths = control if isinstance(control, tuple) else control.choose(requests)
+            if lengths == SHAPED and isinstance(control, LoadControl):
+                self.shaper.price = control.price
                 shapes = self.shaper.shapes(list(zip(names, drafts, strict=True)), 1000)
             else:
                 shapes = tuple(tuple(max(lengths) if j == len(of) < K else lengths[j] for j in range(len(of) + 1)) for of in drafts)
@@ -60,8 +60,8 @@ class Server:
                 self.shaper.observe(name, of, count)
             rows = requests + sum(map(len, drafts)) + sum(map(sum, shapes))
             cost = self.seconds(rows) * self.random.uniform(0.95, 1.1)
-            if isinstance(chooser, LayoutChooser):
-                chooser.observe([1 + count for count in accepted], rows, cost)
+            if isinstance(control, LoadControl):
+                control.observe([1 + count for count in accepted], rows, cost)
             drafts = [[self.chance() for _ in range(shape[count])] for shape, count in zip(shapes, accepted, strict=True)]
             if lengths == SHAPED:
                 drafts = [of[: self.shaper.worth_verifying(name, of)] for name, of in zip(names, drafts, strict=True)]
@@ -69,9 +69,9 @@ class Server:
         return tokens, seconds
 
 
-def rate(server: Server, chooser: LayoutChooser | tuple[int, ...], requests: int, steps: int) -> float:
+def rate(server: Server, control: LoadControl | tuple[int, ...], requests: int, steps: int) -> float:
     """Tokens a second."""
-    tokens, seconds = server.run(chooser, requests, steps)
+    tokens, seconds = server.run(control, requests, steps)
     return tokens / seconds
 
 
@@ -79,10 +79,10 @@ def rate(server: Server, chooser: LayoutChooser | tuple[int, ...], requests: int
 @pytest.mark.parametrize("row_cost", [0.0, 0.002, 0.02, 0.2])
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.9])
 def test_it_is_as_fast_as_the_best_layout(requests: int, row_cost: float, acceptance: float) -> None:
-    server, chooser = Server(row_cost, acceptance), LayoutChooser(K)
-    server.run(chooser, requests, 600)
+    server, control = Server(row_cost, acceptance), LoadControl(K)
+    server.run(control, requests, 600)
     best = max(rate(Server(row_cost, acceptance), layout, requests, 400) for layout in candidate_layouts(K))
-    assert rate(server, chooser, requests, 3000) > 0.93 * best
+    assert rate(server, control, requests, 3000) > 0.93 * best
 
 
 @pytest.mark.parametrize("row_cost", [0.02, 0.05])
@@ -92,10 +92,10 @@ def test_where_the_drafter_is_sometimes_sure_it_is_faster_than_every_layout(row_
         one.chance = lambda: one.random.choice([0.2, 0.99])  # type: ignore[method-assign]
         return one
 
-    chooser, serving = LayoutChooser(K), server()
-    serving.run(chooser, 1, 600)
+    control, serving = LoadControl(K), server()
+    serving.run(control, 1, 600)
     best = max(rate(server(), layout, 1, 3000) for layout in candidate_layouts(K))
-    assert rate(serving, chooser, 1, 3000) > 1.04 * best
+    assert rate(serving, control, 1, 3000) > 1.04 * best
 
 
 class Restless(Server):
@@ -116,76 +116,76 @@ class Restless(Server):
 
 @pytest.mark.parametrize("row_cost", [0.01, 0.03, 0.1])
 def test_neighbours_and_changing_text_do_not_mislead_it(row_cost: float) -> None:
-    server, chooser = Restless(row_cost, 0.5, seed=1), LayoutChooser(K)
-    server.run(chooser, 1, 1000)
+    server, control = Restless(row_cost, 0.5, seed=1), LoadControl(K)
+    server.run(control, 1, 1000)
     best = max(rate(Restless(row_cost, 0.5, seed=1), layout, 1, 20_000) for layout in candidate_layouts(K))
-    assert rate(server, chooser, 1, 10_000) > 0.95 * best
+    assert rate(server, control, 1, 10_000) > 0.95 * best
 
 
 def test_a_machine_that_gets_slower_and_slower_does_not_mislead_it() -> None:
     """What takes longer all the time is not what happens to run."""
-    server, chooser = Server(0.03, 0.7), LayoutChooser(K)
+    server, control = Server(0.03, 0.7), LoadControl(K)
     seconds, steps = server.seconds, iter(range(100_000))
     server.seconds = lambda rows: (1 + next(steps) / 1000) * seconds(rows)  # type: ignore[method-assign]
     chosen = []
     for _ in range(60):
-        server.run(chooser, 1, 100)
-        chosen.append(chooser.best(1))
+        server.run(control, 1, 100)
+        chosen.append(control.best(1))
     assert chosen[10:].count(SHAPED) > 45
 
 
 def test_where_drafts_are_worthless_it_becomes_plain_decoding_and_stays_close_to_it() -> None:
-    server, chooser = Server(0.05, 0.0), LayoutChooser(K)
-    server.run(chooser, 4, 1000)
-    assert chooser.best(4) == PLAIN
-    _, seconds = server.run(chooser, 4, 4000)
+    server, control = Server(0.05, 0.0), LoadControl(K)
+    server.run(control, 4, 1000)
+    assert control.best(4) == PLAIN
+    _, seconds = server.run(control, 4, 4000)
     assert seconds < 1.01 * 4000 * server.seconds(4) * 1.025
 
 
 def test_where_rows_are_dear_looking_out_for_drafts_costs_little() -> None:
-    server, chooser = Server(0.2, 0.3), LayoutChooser(K)
-    server.run(chooser, 16, 600)
+    server, control = Server(0.2, 0.3), LoadControl(K)
+    server.run(control, 16, 600)
     plain = rate(Server(0.2, 0.3), PLAIN, 16, 1000)
     for _ in range(6):
-        assert rate(server, chooser, 16, 500) > 0.96 * plain
+        assert rate(server, control, 16, 500) > 0.96 * plain
 
 
 def test_a_tie_goes_to_plain_decoding() -> None:
     """Mask rows that cost nothing and bring nothing: the noise of the clock alone would choose either."""
-    choosers = [LayoutChooser(K) for _ in range(10)]
-    for seed, chooser in enumerate(choosers):
-        Server(0.0, 0.0, seed).run(chooser, 1, 3000)
-    assert [chooser.best(1) for chooser in choosers] == [PLAIN] * 10
+    controls = [LoadControl(K) for _ in range(10)]
+    for seed, control in enumerate(controls):
+        Server(0.0, 0.0, seed).run(control, 1, 3000)
+    assert [control.best(1) for control in controls] == [PLAIN] * 10
 
 
 def test_it_comes_back_when_drafts_become_worth_their_rows_again() -> None:
-    server, chooser = Server(0.01, 0.0), LayoutChooser(K)
-    server.run(chooser, 1, 2000)
-    assert chooser.best(1) == PLAIN
+    server, control = Server(0.01, 0.0), LoadControl(K)
+    server.run(control, 1, 2000)
+    assert control.best(1) == PLAIN
     server.acceptance = 0.9
-    server.run(chooser, 1, 20_000)
-    assert chooser.best(1) == SHAPED
+    server.run(control, 1, 20_000)
+    assert control.best(1) == SHAPED
 
 
 def test_a_row_is_dearer_in_a_larger_batch() -> None:
-    server, chooser = Server(0.02, 0.7), LayoutChooser(K)
+    server, control = Server(0.02, 0.7), LoadControl(K)
     prices: dict[int, float] = {}
     for _ in range(20):
         for requests in (1, 32):
-            server.run(chooser, requests, 200)
-            prices[requests] = chooser.price
+            server.run(control, requests, 200)
+            prices[requests] = control.price
     assert prices[1] == pytest.approx(0.02 * 2.5, rel=0.5)
     assert prices[32] > 5 * prices[1]
 
 
 def test_a_new_batch_size_does_not_begin_with_what_is_hopeless_at_the_next_one() -> None:
-    server, chooser = Server(0.2, 0.3), LayoutChooser(K)
-    server.run(chooser, 8, 2000)
-    assert chooser.best(8) == PLAIN
+    server, control = Server(0.2, 0.3), LoadControl(K)
+    server.run(control, 8, 2000)
+    assert control.best(8) == PLAIN
     masked = 0
     for _ in range(300):
-        masked += chooser.choose(3) != PLAIN
-        server.run(chooser, 3, 1)
+        masked += control.choose(3) != PLAIN
+        server.run(control, 3, 1)
     assert masked < 25
 
 
@@ -204,11 +204,11 @@ def test_ranks_with_different_clocks_choose_alike_if_they_agree_on_the_times(agr
         def agree(times: list[float]) -> list[float]:
             return [rank.max(time) for time in times]
 
-        chooser, clock = LayoutChooser(K, agree if agreed else list), random.Random(rank.index)
+        control, clock = LoadControl(K, agree if agreed else list), random.Random(rank.index)
         found = []
         for step in range(1000):
-            found.append((chooser.choose(1 + step // 400), chooser.price))
-            chooser.observe([2], 4 + step % 8 if found[-1][0] == SHAPED else 1, clock.uniform(0.5, 2.0))
+            found.append((control.choose(1 + step // 400), control.price))
+            control.observe([2], 4 + step % 8 if found[-1][0] == SHAPED else 1, clock.uniform(0.5, 2.0))
         return found
 
     first, *others = on_ranks(3, chosen)

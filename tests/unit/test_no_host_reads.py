@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from vllm_mtp.drafter import Drafter, Unembedding
-from vllm_mtp.layout import group_lengths, plan_groups
+from vllm_mtp.layout import group_lengths, plan_groups, shapes_of
 from vllm_mtp.load import widest_comb
 from vllm_mtp.mask_attention import ForkedSequences, StepSequences, _scratch_blocks
 from vllm_mtp.plan import EngineStep, Planner
@@ -30,7 +30,7 @@ def fake() -> Iterator[FakeTensorMode]:
 def planner() -> Planner:
     attention = ForkedSequences(lambda step: step)
     attention.kv_caches = [torch.zeros(2, 64, BLOCK, 2, 4)]
-    planner = Planner(attention, max_rows=512, max_mask_rows=256, max_groups=64, max_model_len=128)
+    planner = Planner(attention, K, max_rows=512, max_mask_rows=256, max_groups=64, max_model_len=128)
     planner.bind(BLOCK, scratch=32)
     return planner
 
@@ -38,9 +38,8 @@ def planner() -> Planner:
 def step(num_rows: tuple[int, ...], num_drafts: tuple[int, ...], layout: str, replayed: bool = False) -> EngineStep:
     count = len(num_rows)
     table = torch.zeros(count, 8, dtype=torch.int32)
-    return EngineStep(
-        num_rows, num_drafts, torch.full((count,), 40), 40, table, group_lengths(layout, K), replayed and layout == "quadratic"
-    )
+    shapes = shapes_of(group_lengths(layout, K), num_drafts)
+    return EngineStep(num_rows, shapes, torch.full((count,), 40), 40, table, replayed and layout == "quadratic")
 
 
 def test_the_mode_sees_reads(fake: FakeTensorMode) -> None:

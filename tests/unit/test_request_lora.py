@@ -38,7 +38,7 @@ def served(manager: Any) -> RequestLoRAs:
 
 def two_requests() -> Groups:
     """A request with one draft, two groups of two; and one without drafts, one group."""
-    groups = plan_groups((2, 1), (1, 0), (2, 2), 64, 8, 16, torch.device("cpu"))
+    groups = plan_groups((2, 1), ((2, 2), (2,)), 1, 64, 8, 16, torch.device("cpu"))
     assert groups is not None
     assert groups.request.tolist() == [0, 0, 1]
     return groups

@@ -14,6 +14,7 @@ from vllm_mtp import compat, load, parallel, verifier
 from vllm_mtp.confidence import ConfidentDrafts, Drafted
 from vllm_mtp.config import NO_OPTIONS, RequestOptions
 from vllm_mtp.drafter import SampledDrafts
+from vllm_mtp.layout import capped, shapes_of
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.shaping import SHAPED, Shaper
 from vllm_mtp.target import MaskTokenTarget
@@ -37,7 +38,7 @@ class MaskTokenProposer(MaskTokenTarget):
             )
         compat.hook_v1_runner()
         self.runner: Any = None
-        self.chooser = load.LayoutChooser(self.k, parallel.longest)
+        self.control = load.LoadControl(self.k, parallel.longest)
         self.shaper = Shaper(self.k)
         self.shapes_groups = self.options.layout == "auto"
         self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
@@ -70,7 +71,7 @@ class MaskTokenProposer(MaskTokenTarget):
             runner.rejection_sampler.forward = verifier.with_confidence(runner.rejection_sampler, self._confident, self.breaker)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
-        return self.chooser.choose(num_requests) if self.shapes_groups else self.layouts[0]
+        return self.control.choose(num_requests) if self.shapes_groups else self.layouts[0]
 
     def _next_step(self) -> PlannedStep | None:
         """The plan of the step whose forward is about to run, from the runner's batch (v1/worker/gpu_input_batch.py)."""
@@ -80,7 +81,7 @@ class MaskTokenProposer(MaskTokenTarget):
         self.planner.counters.stepped(lengths)
         rows = np.diff(self.runner.query_start_loc.np[: num_requests + 1])
         self.verified, self.num_rows = (rows - 1).tolist(), int(rows.sum())
-        if lengths == self.chooser.plain:
+        if lengths == self.control.plain:
             return None
         request_len = batch.num_computed_tokens_cpu[:num_requests] + rows
         known = batch.num_tokens_no_spec[:num_requests]
@@ -91,30 +92,22 @@ class MaskTokenProposer(MaskTokenTarget):
         most_drafts = [self._most_drafts(request) for request in batch.req_ids]
         if 0 in most_drafts:
             drafts[np.equal(most_drafts, 0)] = -1
-        shapes = self._shapes(batch.req_ids, drafts.tolist()) if lengths == SHAPED else ()
+        of_drafts = tuple(drafts.tolist())
+        shapes = self._shapes(batch.req_ids, of_drafts) if lengths == SHAPED else shapes_of(lengths, of_drafts)
+        if min(most_drafts) < self.k:
+            shapes = capped(shapes, most_drafts)
         table = batch.block_table[0].get_device_tensor(num_requests)
         lens = torch.from_numpy(request_len.astype(np.int64)).to(table.device)
-        return self.planner.plan(
-            EngineStep(
-                tuple(rows.tolist()),
-                tuple(drafts.tolist()),
-                lens,
-                int(request_len.max()),
-                table,
-                lengths or self.layouts[-1],
-                most_drafts=() if min(most_drafts) == self.k else tuple(most_drafts),
-                shapes=shapes,
-            )
-        )
+        return self.planner.plan(EngineStep(tuple(rows.tolist()), shapes, lens, int(request_len.max()), table))
 
-    def _shapes(self, requests: list[str], drafts: list[int]) -> tuple[tuple[int, ...], ...]:
-        """Group lengths of each request's own, by drafts accepted.
+    def _shapes(self, requests: list[str], drafts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The requests' own shapes, by how sure their drafts are.
 
         Args:
             requests: of the step.
             drafts: that each verifies; -1 for one that can use no draft.
         """
-        self.shaper.price = self.chooser.price
+        self.shaper.price = self.control.price
         known = [
             (request, self._probabilities(request, count)) if count >= 0 else None
             for request, count in zip(requests, drafts, strict=True)
@@ -164,14 +157,14 @@ class MaskTokenProposer(MaskTokenTarget):
             self.drafted[request] = Drafted(tokens, chances, tau if self.by_confidence else math.inf)
 
     def _observe(self, now: float, sampled_token_ids: list[list[int]]) -> None:
-        """Tells the chooser of layouts what the step gave, if it and the step before it decoded for the same requests."""
+        """Tells the control of layouts what the step gave, if it and the step before it decoded for the same requests."""
         before, requests = self.last_step
         running = tuple(self.runner.input_batch.req_ids)
         self.last_step = now, running if all(sampled_token_ids) else ()
         if running == requests:
             states = self.expansion.last
             rows = self.num_rows + (0 if states is None else states.groups.num_rows)
-            self.chooser.observe([len(tokens) for tokens in sampled_token_ids], rows, now - before)
+            self.control.observe([len(tokens) for tokens in sampled_token_ids], rows, now - before)
 
     def _count(self, sampled_token_ids: list[list[int]]) -> None:
         """Counts what became of the step's drafts."""

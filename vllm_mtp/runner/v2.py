@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_mtp import load
-from vllm_mtp.layout import Groups
+from vllm_mtp.layout import Groups, shapes_of
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.target import MaskTokenTarget
 
@@ -141,7 +141,8 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         if not any(lengths):
             return None
         longest = self.max_model_len if capture else int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max())
-        return EngineStep(num_rows, num_drafts, request_len, longest, block_table[:num_requests], lengths, replayed)
+        shapes = shapes_of(lengths, num_drafts)
+        return EngineStep(num_rows, shapes, request_len, longest, block_table[:num_requests], replayed)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing: mask rows are part of the target's own graphs."""
