@@ -15,7 +15,7 @@
 namespace vllm_mtp {
 namespace {
 
-#ifdef __AVX512BF16__
+#ifdef VLLM_MTP_LINEAR
 
 using Bf16 = c10::BFloat16;
 
@@ -25,6 +25,15 @@ Half* bits(std::vector<Bf16>& values) { return reinterpret_cast<Half*>(values.da
 void linear(const Half* x, int64_t M, const at::Tensor& panels, const at::Tensor* bias, int64_t out, Half* y) {
   const int64_t in = 2 * panels.size(1);
   product({bits(panels), bias ? bits(*bias) : nullptr, nullptr, nullptr, in, out}, x, in, M, nullptr, 0, y, out);
+}
+
+// Which of the values are larger, a bit each.
+inline uint32_t larger_than(float least, Vec v) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(least), _CMP_GT_OQ);
+#else
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(least), _CMP_GT_OQ));
+#endif
 }
 
 // The `most` largest of scores [n], their places in ascending order.
@@ -45,7 +54,7 @@ void largest(const Bf16* scores, int64_t n, int64_t most, std::vector<int64_t>& 
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const Vec v = load(scores + i);
-    const __mmask16 larger = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(least), _CMP_GT_OQ);
+    const uint32_t larger = larger_than(least, v);
     if (!larger) continue;
     for (int lane = 0; lane < kLanes; ++lane)
       if (larger >> lane & 1) take(i + lane, v[lane]);
@@ -160,7 +169,7 @@ std::tuple<at::Tensor, at::Tensor> draft_cpu(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&, double, bool, int64_t, int64_t) {
-  TORCH_CHECK(false, "this processor has no AVX-512 BF16");
+  TORCH_CHECK(false, "this processor has neither AVX-512 BF16 nor AVX2 alone");
 }
 
 #endif

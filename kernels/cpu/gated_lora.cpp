@@ -11,8 +11,8 @@
 namespace vllm_mtp {
 namespace {
 
-constexpr int64_t kRows = 8;     // mask rows that a piece of work has: as many as `tile` keeps in registers
-constexpr int64_t kBlock = 32;   // columns of a block of A or B
+constexpr int64_t kRows = kTileRows;  // mask rows that a piece of work has
+constexpr int64_t kBlock = 32;        // columns of a block of A or B
 
 template <typename T>
 struct Factors {

@@ -10,7 +10,7 @@
 namespace vllm_mtp {
 namespace {
 
-#ifdef __AVX512BF16__
+#ifdef VLLM_MTP_LINEAR
 
 void check(const at::Tensor& x, const at::Tensor& panels, const std::optional<at::Tensor>& bias, int64_t out) {
   TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1 && x.size(1) % 2 == 0, "x must be rows of an even number of bfloat16");
@@ -51,13 +51,13 @@ bool has_linear() { return true; }
 #else
 
 at::Tensor linear_cpu(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t) {
-  TORCH_CHECK(false, "this processor has no AVX-512 BF16");
+  TORCH_CHECK(false, "this processor has neither AVX-512 BF16 nor AVX2 alone");
 }
 
 at::Tensor gated_linear_cpu(
     const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&) {
-  TORCH_CHECK(false, "this processor has no AVX-512 BF16");
+  TORCH_CHECK(false, "this processor has neither AVX-512 BF16 nor AVX2 alone");
 }
 
 bool has_linear() { return false; }

@@ -1,11 +1,14 @@
-// Linear layers of a few rows in bfloat16 on a CPU, with the low-rank update of mask rows in the same pass over the weights. For
-// processors with AVX-512 BF16.
+// Linear layers of a few rows in bfloat16 on a CPU, with the low-rank update of mask rows in the same pass over the weights.
 //
 // At decode sizes such a product is bound by streaming W, so it is read once for all rows, and ahead of its use. Every element of y is
 // one sum in the order of k, whatever the number of rows: a row does not feel its neighbours.
+//
+// For processors with AVX-512 BF16, which multiply pairs of bfloat16, and for those with AVX2 and no AVX-512, which multiply in float32:
+// on the latter oneDNN has no product of bfloat16, and torch's own takes some ten times as long.
 #pragma once
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || (defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__))
+#define VLLM_MTP_LINEAR
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -14,45 +17,161 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
+#include <vector>
 
 namespace vllm_mtp {
 namespace {
 
 typedef uint16_t Half;  // the bits of a bfloat16
 
-constexpr int64_t kColumns = 32;    // of a panel: two vectors of sums
+constexpr int64_t kColumns = 32;    // of a panel
 constexpr int64_t kAhead = 2048;    // bytes that weights are fetched ahead; from 1 to 3 KB does as well on a Zen 5
-constexpr int64_t kRowsOfABlock = 96;  // rows of x that stay in the second-level cache while W passes by
 constexpr int64_t kProductsOfAThread = 1 << 18;  // work that is worth another thread
 
-// Rows of x [M, K] with K / 2 pairs, and P panels [pairs, 32, 2] of a matrix [K, 32 P] to multiply them with.
+// Most rows of a tile, and its vectors of sums a row: as many as stay in registers.
+struct Tile {
+  int rows, vectors;
+};
+
+#ifdef __AVX512BF16__
+
+constexpr int kWide = 16;                     // sums of a vector
+constexpr Tile kTiles[] = {{6, 4}, {12, 2}};  // the first that has enough rows, else the last, piece by piece
+constexpr int64_t kRowsOfABlock = 96;         // rows of x that stay in the second-level cache while W passes by
+typedef __m512 Sums;
+typedef Half Input;  // what rows of x are read as
+
+inline Sums no_sums() { return _mm512_setzero_ps(); }
+
+// sums += x w for one pair of inputs; w [V] point to the weights of that pair.
+template <int M, int V>
+inline void add(Sums (&sums)[M][V], const Half* const (&w)[V], const Input* x, int64_t x_stride) {
+  __m512bh weights[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(w[v]);
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) {
+    int32_t both;
+    std::memcpy(&both, x + m * x_stride, sizeof both);
+    const __m512bh pair = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], weights[v], pair);
+  }
+}
+
+// y = sums + bias, the first `columns` of them.
+inline void put(Sums sums, const Half* bias, int64_t columns, Half* y) {
+  const __mmask16 mask = (1u << std::min<int64_t>(kWide, columns)) - 1;
+  __m512 b = _mm512_setzero_ps();
+  if (bias) b = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias)), 16);
+  _mm256_mask_storeu_epi16(y, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(sums, b)));
+}
+
+// Rows [M, n] in the form that products read: they are.
+inline const Input* readable(const Half* x, int64_t x_stride, int64_t M, int64_t n, std::vector<Input>& store, int64_t& stride) {
+  stride = x_stride;
+  return x;
+}
+
+#else
+
+constexpr int kWide = 8;
+constexpr Tile kTiles[] = {{1, 8}, {3, 4}, {5, 2}};
+constexpr int64_t kRowsOfABlock = 48;
+typedef __m256 Sums;
+typedef float Input;
+
+inline Sums no_sums() { return _mm256_setzero_ps(); }
+
+template <int M, int V>
+inline void add(Sums (&sums)[M][V], const Half* const (&w)[V], const Input* x, int64_t x_stride) {
+  // The weights of one vector or two at a time: sums, these and one x are what the registers hold.
+  constexpr int kTogether = M * V > 10 ? 1 : 2;
+#pragma GCC unroll 8
+  for (int first = 0; first < V; first += kTogether) {
+    __m256 even[kTogether], odd[kTogether];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTogether; ++v) {
+      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[first + v]));
+      even[v] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+      odd[v] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
+    }
+#pragma GCC unroll 5
+    for (int m = 0; m < M; ++m) {
+      const __m256 x_even = _mm256_broadcast_ss(x + m * x_stride), x_odd = _mm256_broadcast_ss(x + m * x_stride + 1);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTogether; ++v) sums[m][first + v] = _mm256_fmadd_ps(even[v], x_even, sums[m][first + v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTogether; ++v) sums[m][first + v] = _mm256_fmadd_ps(odd[v], x_odd, sums[m][first + v]);
+    }
+  }
+}
+
+inline __m256 widened(const Half* x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))), 16));
+}
+
+// To the nearest bfloat16, the even one of two; what is not a number stays none.
+inline __m128i rounded(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+  const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(high, _mm256_set1_epi32(1)));
+  const __m256i near = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16), nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i all = _mm256_blendv_epi8(near, nan, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  return _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+inline void put(Sums sums, const Half* bias, int64_t columns, Half* y) {
+  const size_t size = std::min<int64_t>(kWide, columns) * sizeof(Half);
+  Half some[kWide] = {};
+  if (bias) {
+    std::memcpy(some, bias, size);
+    sums = _mm256_add_ps(sums, widened(some));
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(some), rounded(sums));
+  std::memcpy(y, some, size);
+}
+
+// Rows [M, n] in the form that products read: in float32, in `store`.
+inline const Input* readable(const Half* x, int64_t x_stride, int64_t M, int64_t n, std::vector<Input>& store, int64_t& stride) {
+  if (static_cast<int64_t>(store.size()) < M * n) store.resize(M * n);
+  for (int64_t m = 0; m < M; ++m) {
+    const Half* from = x + m * x_stride;
+    float* to = store.data() + m * n;
+    int64_t i = 0;
+    for (; i + kWide <= n; i += kWide) _mm256_storeu_ps(to + i, widened(from + i));
+    for (; i < n; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+      std::memcpy(to + i, &bits, sizeof bits);
+    }
+  }
+  stride = n;
+  return store.data();
+}
+
+#endif
+
+constexpr int kVectors = kColumns / kWide;  // of a panel
+
+// Rows of x [M, K] with K / 2 pairs, and panels [pairs, 32, 2] of a matrix to multiply them with.
 struct Factor {
-  const Half *x, *panels;
+  const Input* x;
+  const Half* panels;
   int64_t x_stride, pairs;
 };
 
-// sums [M][2 P] += x panels.
-template <int M, int P>
-inline void multiply(__m512 (&sums)[M][2 * P], const Factor& f) {
+// sums [M][V] += x w, of V vectors of columns that begin where `panels` points to.
+template <int M, int V>
+inline void multiply(Sums (&sums)[M][V], const Factor& f) {
   const int64_t panel = f.pairs * 2 * kColumns;
   for (int64_t pair = 0; pair < f.pairs; ++pair) {
-    __m512bh w[2 * P];
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) {
-      const Half* at = f.panels + p * panel + pair * 2 * kColumns;
-      _mm_prefetch(reinterpret_cast<const char*>(at) + kAhead, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(at) + kAhead + 64, _MM_HINT_T0);
-      w[2 * p] = (__m512bh)_mm512_loadu_si512(at);
-      w[2 * p + 1] = (__m512bh)_mm512_loadu_si512(at + kColumns);
+    const Half* w[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      w[v] = f.panels + v / kVectors * panel + (pair * kColumns + v % kVectors * kWide) * 2;
+      if (v * kWide % 16 == 0) _mm_prefetch(reinterpret_cast<const char*>(w[v]) + kAhead, _MM_HINT_T0);
     }
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      int32_t both;
-      std::memcpy(&both, f.x + m * f.x_stride + 2 * pair, sizeof both);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(both);
-#pragma GCC unroll 4
-      for (int v = 0; v < 2 * P; ++v) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], w[v], x);
-    }
+    add<M, V>(sums, w, f.x + 2 * pair, f.x_stride);
   }
 }
 
@@ -64,72 +183,93 @@ struct Layer {
   int64_t in, out;
 };
 
-// y of rows [M] and panels [P] from p on.
-template <int M, int P>
-void tile(const Layer& layer, int64_t p, const Half* x, int64_t x_stride, const Half* h, int64_t h_stride, Half* y, int64_t y_stride) {
-  __m512 sums[M][2 * P];
+// Some rows: what they read and where they write.
+struct Rows {
+  const Input *x, *h;
+  Half* y;
+  int64_t x_stride, h_stride, y_stride;
+};
+
+// y of rows [M] and columns [V vectors] from `first` on; V vectors lie in one panel or are whole panels.
+template <int M, int V>
+void tile(const Layer& layer, int64_t first, const Rows& rows) {
+  constexpr int kOfPanel = std::min(V, kVectors);
+  const int64_t p = first / kColumns, within = first % kColumns * 2;
+  Sums sums[M][V];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < 2 * P; ++v) sums[m][v] = _mm512_setzero_ps();
-  multiply<M, P>(sums, {x, layer.panels + p * layer.in * kColumns, x_stride, layer.in / 2});
-  if (h) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[m][v] = no_sums();
+  multiply<M, V>(sums, {rows.x, layer.panels + p * layer.in * kColumns + within, rows.x_stride, layer.in / 2});
+  if (rows.h) {
 #pragma GCC unroll 2
-    for (int q = 0; q < P; ++q) {
+    for (int q = 0; q < V / kOfPanel; ++q) {
       const int64_t* part = layer.parts + 3 * (p + q);
       if (!part[1]) continue;
-      __m512 own[M][2];
+      Sums own[M][kOfPanel];
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) own[m][0] = sums[m][2 * q], own[m][1] = sums[m][2 * q + 1];
-      multiply<M, 1>(own, {h + part[0], layer.b + part[2], h_stride, part[1] / 2});
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < kOfPanel; ++v) own[m][v] = sums[m][q * kOfPanel + v];
+      multiply<M, kOfPanel>(own, {rows.h + part[0], layer.b + part[2] + within, rows.h_stride, part[1] / 2});
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) sums[m][2 * q] = own[m][0], sums[m][2 * q + 1] = own[m][1];
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < kOfPanel; ++v) sums[m][q * kOfPanel + v] = own[m][v];
     }
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < 2 * P; ++v) {
-    const int64_t first = p * kColumns + v * 16, columns = std::min<int64_t>(16, layer.out - first);
-    if (columns <= 0) return;
-    const __mmask16 mask = (1u << columns) - 1;
-    __m512 bias = _mm512_setzero_ps();
-    if (layer.bias)
-      bias = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, layer.bias + first)), 16);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    const int64_t column = first + v * kWide;
+    if (column >= layer.out) return;
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
-      _mm256_mask_storeu_epi16(y + m * y_stride + first, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(sums[m][v], bias)));
+    for (int m = 0; m < M; ++m) put(sums[m][v], layer.bias ? layer.bias + column : nullptr, layer.out - column, rows.y + m * rows.y_stride + column);
   }
 }
 
-// Up to 12 rows of panels [P].
-template <int P, int Most>
-void rows(int64_t M, const Layer& layer, int64_t p, const Half* x, int64_t x_stride, const Half* h, int64_t h_stride, Half* y, int64_t y_stride) {
+// Up to `Most` rows.
+template <int V, int Most>
+void tile_of(int64_t M, const Layer& layer, int64_t first, const Rows& rows) {
   if (M == Most)
-    tile<Most, P>(layer, p, x, x_stride, h, h_stride, y, y_stride);
+    tile<Most, V>(layer, first, rows);
   else if constexpr (Most > 1)
-    rows<P, Most - 1>(M, layer, p, x, x_stride, h, h_stride, y, y_stride);
+    tile_of<V, Most - 1>(M, layer, first, rows);
 }
 
-// y [M, out] of x [M, in], with the update of h where there is one. Sums stay in registers: of 6 rows and two panels, or of 12 and one.
-void product(const Layer& layer, const Half* x, int64_t x_stride, int64_t M, const Half* h, int64_t h_stride, Half* y, int64_t y_stride) {
-  const int64_t panels = (layer.out + kColumns - 1) / kColumns;
-  for (int64_t block = 0; block < M; block += kRowsOfABlock) {
-    const int64_t rows_here = std::min(kRowsOfABlock, M - block), pieces = (rows_here + 11) / 12;
-    const int64_t width = rows_here <= 6 ? 2 : 1, tasks = (panels + width - 1) / width;
-    const int64_t grain = std::max<int64_t>(1, kProductsOfAThread / (layer.in * kColumns * width * rows_here));
-    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t p = task * width;
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t first = block + piece * rows_here / pieces, M_ = block + (piece + 1) * rows_here / pieces - first;
-          const Half *from = x + first * x_stride, *low = h ? h + first * h_stride : nullptr;
-          Half* to = y + first * y_stride;
-          if (width == 2 && p + 1 < panels)
-            rows<2, 6>(M_, layer, p, from, x_stride, low, h_stride, to, y_stride);
-          else
-            rows<1, 12>(M_, layer, p, from, x_stride, low, h_stride, to, y_stride);
-        }
+// y of M rows in tiles: the first kind, from T on, that has enough rows.
+template <size_t T = 0>
+void in_tiles(const Layer& layer, const Rows& rows, int64_t M) {
+  constexpr Tile kind = kTiles[T];
+  if constexpr (T + 1 < std::size(kTiles))
+    if (M > kind.rows) return in_tiles<T + 1>(layer, rows, M);
+  constexpr int64_t kWidth = kind.vectors * kWide;
+  const int64_t padded = (layer.out + kColumns - 1) / kColumns * kColumns, tasks = (padded + kWidth - 1) / kWidth;
+  const int64_t pieces = (M + kind.rows - 1) / kind.rows, grain = std::max<int64_t>(1, kProductsOfAThread / (layer.in * kWidth * M));
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * kWidth;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t m = piece * M / pieces, count = (piece + 1) * M / pieces - m;
+        const Rows some{rows.x + m * rows.x_stride, rows.h ? rows.h + m * rows.h_stride : nullptr, rows.y + m * rows.y_stride,
+                        rows.x_stride, rows.h_stride, rows.y_stride};
+        if (kind.vectors <= kVectors || first + kWidth <= padded)
+          tile_of<kind.vectors, kind.rows>(count, layer, first, some);
+        else
+          tile_of<kVectors, kind.rows>(count, layer, first, some);
       }
-    });
+    }
+  });
+}
+
+// y [M, out] of x [M, in], with the update of h where there is one, which has as many columns as its rows are apart.
+void product(const Layer& layer, const Half* x, int64_t x_stride, int64_t M, const Half* h, int64_t h_stride, Half* y, int64_t y_stride) {
+  static thread_local std::vector<Input> of_x, of_h;
+  for (int64_t block = 0; block < M; block += kRowsOfABlock) {
+    const int64_t here = std::min(kRowsOfABlock, M - block);
+    Rows rows{nullptr, nullptr, y + block * y_stride, 0, 0, y_stride};
+    rows.x = readable(x + block * x_stride, x_stride, here, layer.in, of_x, rows.x_stride);
+    if (h) rows.h = readable(h + block * h_stride, h_stride, here, h_stride, of_h, rows.h_stride);
+    in_tiles(layer, rows, here);
   }
 }
 

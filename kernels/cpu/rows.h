@@ -3,13 +3,20 @@
 
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 namespace vllm_mtp {
 
-constexpr int64_t kLanes = 16;
-typedef float Vec __attribute__((vector_size(64)));
+#ifdef __AVX512F__
+constexpr int64_t kLanes = 16;   // of a vector
+constexpr int kTileRows = 8;     // of two vectors of sums each: as many as stay in registers, which AVX-512 has 32 of, others 16
+#else
+constexpr int64_t kLanes = 8;
+constexpr int kTileRows = 6;
+#endif
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
 inline Vec load(const float* p) {
   Vec v;
@@ -18,8 +25,8 @@ inline Vec load(const float* p) {
 }
 
 inline Vec load(const c10::BFloat16* p) {
-  typedef uint16_t Half __attribute__((vector_size(32)));
-  typedef uint32_t Full __attribute__((vector_size(64)));
+  typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  typedef uint32_t Full __attribute__((vector_size(kLanes * sizeof(uint32_t))));
   Half half;
   std::memcpy(&half, p, sizeof half);
   return (Vec)(__builtin_convertvector(half, Full) << 16);
@@ -29,7 +36,7 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // e^x of x <= 0, relative error below 1e-6: 2^n times a polynomial of the rest (Cephes, expf).
 inline Vec exp_of(Vec x) {
-  typedef int32_t Int __attribute__((vector_size(64)));
+  typedef int32_t Int __attribute__((vector_size(kLanes * sizeof(int32_t))));
   const Vec lowest = x * 0.f - 87.f;
   x = x < lowest ? lowest : x;
   const Vec n_float = x * 1.44269504088896341f;
@@ -51,7 +58,7 @@ inline float sum_of(Vec v) {
   return sum;
 }
 
-// y [M, 16 V] += x [M, K] w [K, 16 V]; M rows and V vectors of sums stay in registers.
+// y [M, kLanes V] += x [M, K] w [K, kLanes V]; M rows and V vectors of sums stay in registers.
 template <int M, int V, typename T>
 inline void tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t K, float* y, int64_t y_stride) {
   Vec sum[M][V];
@@ -74,29 +81,23 @@ inline void tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride,
     for (int v = 0; v < V; ++v) store(y + m * y_stride + v * kLanes, sum[m][v]);
 }
 
-template <int M, typename T>
-inline void rows_of(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t K, int64_t N, float* y, int64_t y_stride) {
+// Up to `Most` rows.
+template <int Most, typename T>
+inline void rows_of(
+    int64_t M, const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t K, int64_t N, float* y, int64_t y_stride) {
+  if constexpr (Most > 1)
+    if (M < Most) return rows_of<Most - 1>(M, x, x_stride, w, w_stride, K, N, y, y_stride);
   int64_t n = 0;
-  for (; n + 2 * kLanes <= N; n += 2 * kLanes) tile<M, 2>(x, x_stride, w + n, w_stride, K, y + n, y_stride);
-  if (n < N) tile<M, 1>(x, x_stride, w + n, w_stride, K, y + n, y_stride);
+  for (; n + 2 * kLanes <= N; n += 2 * kLanes) tile<Most, 2>(x, x_stride, w + n, w_stride, K, y + n, y_stride);
+  if (n < N) tile<Most, 1>(x, x_stride, w + n, w_stride, K, y + n, y_stride);
 }
 
-// y [M, N] += x [M, K] w [K, N]; N a multiple of 16, strides in elements.
+// y [M, N] += x [M, K] w [K, N]; N a multiple of kLanes, strides in elements.
 template <typename T>
 void rows_times(
     const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t M, int64_t K, int64_t N, float* y, int64_t y_stride) {
-  int64_t m = 0;
-  for (; m + 8 <= M; m += 8) rows_of<8>(x + m * x_stride, x_stride, w, w_stride, K, N, y + m * y_stride, y_stride);
-  x += m * x_stride, y += m * y_stride;
-  switch (M - m) {
-    case 7: return rows_of<7>(x, x_stride, w, w_stride, K, N, y, y_stride);
-    case 6: return rows_of<6>(x, x_stride, w, w_stride, K, N, y, y_stride);
-    case 5: return rows_of<5>(x, x_stride, w, w_stride, K, N, y, y_stride);
-    case 4: return rows_of<4>(x, x_stride, w, w_stride, K, N, y, y_stride);
-    case 3: return rows_of<3>(x, x_stride, w, w_stride, K, N, y, y_stride);
-    case 2: return rows_of<2>(x, x_stride, w, w_stride, K, N, y, y_stride);
-    case 1: return rows_of<1>(x, x_stride, w, w_stride, K, N, y, y_stride);
-  }
+  for (int64_t m = 0; m < M; m += kTileRows)
+    rows_of<kTileRows>(std::min<int64_t>(kTileRows, M - m), x + m * x_stride, x_stride, w, w_stride, K, N, y + m * y_stride, y_stride);
 }
 
 }  // namespace vllm_mtp
