@@ -1,4 +1,4 @@
-"""Linear layers in bfloat16 on processors with AVX-512 BF16 (cpu/linear.cpp): W, A and B as the kernel streams them."""
+"""Linear layers in bfloat16 on a CPU (cpu/linear.cpp): W, A and B as the kernel streams them."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import torch
 from ..gated_lora import LowRankSlices
 
 COLUMNS = 32
-"""Outputs of a panel: 12 rows of it, as float32 in two vectors each, are what the registers hold."""
+"""Outputs of a panel: with AVX-512, 12 rows of it, as float32 in two vectors each, are what the registers hold."""
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
