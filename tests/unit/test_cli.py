@@ -112,6 +112,14 @@ def test_runs_are_made_in_turns_and_ratios_are_of_neighbours() -> None:
     assert figures["identical"] == 2
 
 
+@pytest.mark.parametrize(("limit", "pairs"), [(0.0, 2), (100.0, 2), (130.0, 3), (1000.0, 5)])
+def test_on_a_slow_machine_fewer_pairs_are_run(limit: float, pairs: int) -> None:
+    """Rounds take 40 seconds, the one that is not counted too."""
+    plain, ours = (TimedEngine(name, [20] * 6, [], output(1, 3)) for name in ("plain", "ours"))
+    comparison = compare(plain, ours, ["a"], concurrency=1, max_tokens=4, rounds=5, progress=lambda _: None, limit=limit)  # type: ignore[arg-type]
+    assert len(comparison.plain) == len(comparison.ours) == pairs
+
+
 def test_outputs_that_differ_are_counted() -> None:
     runs = [Generation(1, 1, [output(1), output(2)]), Generation(1, 1, [output(1), output(3)])]
     assert Comparison(1, runs[:1], runs[1:]).figures()["identical"] == 1

@@ -1,6 +1,7 @@
 """`vllm-mtp demo`: plain vLLM and vLLM with the plugin side by side on prompts that the model has not seen."""
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -21,6 +22,9 @@ from vllm_mtp.whole_files import write_whole
 CONCURRENCIES = (1, 16)
 PROMPTS_BY_CONCURRENCY = {1: 24, 16: 64}
 NUM_FLOAT32_PROMPTS = 16
+ROUNDS, SECONDS = 5, 120.0
+"""Pairs of runs at each concurrency where the command line does not say, and how long they may take together: nobody waits half an
+hour for a demo, however slow the machine."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class DemoOptions:
     max_tokens: int
     num_speculative_tokens: int | None
     layout: str | None
-    rounds: int
+    rounds: int | None
     enforce_eager: bool
     json_file: Path | None
 
@@ -124,8 +128,9 @@ def _run(options: DemoOptions, folder: Path, out: Console, say: Progress) -> dic
                 prompts[: PROMPTS_BY_CONCURRENCY[concurrency]],
                 concurrency=concurrency,
                 max_tokens=options.max_tokens,
-                rounds=options.rounds,
+                rounds=options.rounds or ROUNDS,
                 progress=say,
+                limit=math.inf if options.rounds else SECONDS,
             )
             for concurrency in CONCURRENCIES
         ]
@@ -162,7 +167,8 @@ def _print_figures(out: Console, comparisons: list[Comparison], float32: dict[st
             rows.append([clients, key, *values, ratio])
         rows.append([clients, "same output", "", f"{figures['identical']} of {figures['num_prompts']}", ""])
     rows.append(["float32", "same output", "", f"{float32['identical']} of {float32['num_prompts']}", ""])
-    title = f"Medians of {len(comparisons[0].plain)} pairs of runs in bfloat16, in turns (ratio: lowest to highest)"
+    pairs = " and ".join(dict.fromkeys(str(len(one.plain)) for one in comparisons))
+    title = f"Medians of {pairs} pairs of runs in bfloat16, in turns (ratio: lowest to highest)"
     print_table(out, title, ["", "", "plain vLLM", "with vllm-mtp", "ratio"], rows)
     if float32["identical"] == float32["num_prompts"]:
         out.print("Greedy outputs are identical where rounding cannot decide (float32).", soft_wrap=True)

@@ -26,7 +26,12 @@ def demo(
     max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens a prompt.")] = 128,
     num_speculative_tokens: Annotated[int | None, typer.Option("--num-speculative-tokens", "-k", min=1, help="Drafts.")] = None,
     layout: Annotated[str | None, typer.Option(help="quadratic, linear or auto; the plugin's default when left out.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Pairs of runs to measure at each concurrency.")] = 5,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pairs of runs to measure at each concurrency. Left out: 5, on a slow machine as many as two minutes hold."
+        ),
+    ] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Do not compile: starts sooner, runs slower.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
 ) -> None:

