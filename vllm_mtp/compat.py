@@ -44,10 +44,13 @@ V2 runner, when selected, in every process that holds the configuration:
     Our speculator: the function is a chain of vLLM's own. Until it loads a class by name, as V1 does.
 `v1.worker.gpu.model_runner.GPUModelRunner.load_model`
     The adapter goes into the loaded model: only speculators with a draft model are handed the target. Until all are.
+`v1.worker.gpu.spec_decode.rejection_sampler.rejection_sample` (acceptance by confidence, in workers)
+    As on the V1 runner, and until the same. The name in the rejection sampler's module, which its `_verify` calls.
 
 On instances of the engine that selected us, where they belong: the target's `forward` (`expansion`), its linear layers' `apply`
-(`gated_lora`), its attention layers' methods and their implementations' (`mask_attention`, `cpu_attention`), and the V1 runner's
-`rejection_sampler.forward`, on CPUs and for acceptance by confidence (`verifier`).
+(`gated_lora`), its attention layers' methods and their implementations' (`mask_attention`, `cpu_attention`); on the V1 runner,
+on CPUs and for acceptance by confidence, `rejection_sampler.forward` (`verifier`); on the V2 runner the `prepare_attn` of its model
+state and, for acceptance by confidence, `sample` and the sampler's `add_request` (`runner.v2`).
 
 All wrappers are idempotent and hand through whatever is not ours.
 """
@@ -153,7 +156,8 @@ def _replace(owner: Any, name: str, replacement: Callable[[Callable[..., Any]], 
         return
     from vllm_mtp.selection import vllm_version
 
-    hook = contract.of_hook(name if inspect.ismodule(owner) else f"{owner.__name__}.{name}")
+    module, within = (owner.__name__, name) if inspect.ismodule(owner) else (owner.__module__, f"{owner.__name__}.{name}")
+    hook = contract.of_hook(module.removeprefix("vllm."), within)
     _refuse(contract.violations(Installed(), [hook]), vllm_version())
     original = getattr(owner, name)
     new = functools.wraps(original)(replacement(original))
@@ -270,6 +274,13 @@ def hook_rejection_sample() -> None:
     _replace(rejection_sampler, "rejection_sample", _rejection_sample)
 
 
+def hook_v2_rejection_sample() -> None:
+    """`hook_rejection_sample` for the V2 runner."""
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    _replace(rejection_sampler, "rejection_sample", _v2_rejection_sample)
+
+
 def hook_v2_runner() -> None:
     """Puts our speculator where vLLM chooses among its own; called once it is selected, in whatever process holds the
     configuration, for the V2 runner imports no class by name."""
@@ -365,6 +376,37 @@ def _rejection_sample(original: Callable[..., Any]) -> Callable[..., Any]:
             cu_num_draft_tokens,
             draft_probs,
             confidence.certain(target_logits, draft_token_ids),
+            *args,
+            **kwargs,
+        )
+
+    return rejection_sample
+
+
+def _v2_rejection_sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_mtp import confidence
+
+    def rejection_sample(
+        target_logits: Any,
+        draft_logits: Any,
+        draft_sampled: Any,
+        cu_num_logits: Any,
+        pos: Any,
+        idx_mapping: Any,
+        expanded_idx_mapping: Any,
+        expanded_local_pos: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return original(
+            confidence.certain(target_logits, draft_sampled, expanded_idx_mapping, expanded_local_pos),
+            draft_logits,
+            draft_sampled,
+            cu_num_logits,
+            pos,
+            idx_mapping,
+            expanded_idx_mapping,
+            expanded_local_pos,
             *args,
             **kwargs,
         )

@@ -90,12 +90,72 @@ class ConfidentDrafts:
         return best
 
 
+NONE = -1.0
+"""The probability of a draft that must not be taken: below every threshold."""
+
+
+@dataclass(frozen=True)
+class DraftedRequests:
+    """The last drafts of all requests, for a runner whose host does not wait for the device: what is known of them stays there.
+
+    Attributes:
+        probabilities: of the drafts of each request's state, as `Drafter.with_confidence` gives them, or `NONE`, [N, k + 1]:
+            one more than there are drafts, so that the row behind the last one has a place too.
+        tau: thresholds, [N], float64: in float32 one that is just above 1 would be 1.
+        taken, unmatched: of the drafts verified last, as `ConfidentDrafts` has them, [N, k + 1].
+    """
+
+    probabilities: torch.Tensor
+    tau: torch.Tensor
+    taken: torch.Tensor
+    unmatched: torch.Tensor
+
+    @classmethod
+    def of(cls, num_states: int, k: int, device: torch.device) -> "DraftedRequests":
+        """Of so many states, without a draft."""
+        probabilities = torch.full((num_states, k + 1), NONE, dtype=torch.float32, device=device)
+        tau = torch.full((num_states,), torch.inf, dtype=torch.float64, device=device)
+        return cls(probabilities, tau, *(torch.zeros_like(probabilities, dtype=torch.bool) for _ in range(2)))
+
+    def add(self, state: int, tau: float) -> None:
+        """A request begins, in a state that another one may have had."""
+        self.tau[state].fill_(tau)
+        self.probabilities[state].fill_(NONE)
+
+    def keep(self, states: torch.Tensor, probabilities: torch.Tensor | float) -> None:
+        """Takes in the drafts that are verified next.
+
+        Args:
+            states: of their requests, [R].
+            probabilities: [R, k], or one for all.
+        """
+        self.probabilities[states, : self.probabilities.shape[1] - 1] = probabilities
+
+    def certain(self, logits: torch.Tensor, tokens: torch.Tensor, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The target's logits with rows of taken drafts made certain, [D + R, V]; a copy. For all requests of a step or for some.
+
+        Args:
+            logits: of the target behind every verified row, request by request, as `ConfidentDrafts.certain` takes them.
+            tokens: in those rows, [D + R]: a request's last one, and behind it its drafts; below 0 for one that must be rejected.
+            states: of the rows' requests, [D + R].
+            positions: how many drafts of its request stand up to each row, [D + R].
+        """
+        drafts = torch.where(positions.roll(-1) > 0, tokens.roll(-1), -1)
+        step = ConfidentDrafts(self.probabilities[states, positions] >= self.tau[states])
+        certain = step.certain(logits, drafts)
+        assert step.taken is not None
+        assert step.unmatched is not None
+        self.taken[states, positions], self.unmatched[states, positions] = step.taken, step.unmatched
+        return certain
+
+
+Drafts = ConfidentDrafts | DraftedRequests
 Failed = Callable[[Exception], None]
-_RUNNING: ContextVar[tuple[ConfidentDrafts, Failed] | None] = ContextVar("confident drafts of the running step", default=None)
+_RUNNING: ContextVar[tuple[Drafts, Failed] | None] = ContextVar("confident drafts of the running step", default=None)
 
 
 @contextmanager
-def taking(drafts: ConfidentDrafts, failed: Failed) -> Iterator[None]:
+def taking(drafts: Drafts, failed: Failed) -> Iterator[None]:
     """While verification runs, `running` gives `drafts`, and `certain` makes their rows certain.
 
     Args:
@@ -110,13 +170,14 @@ def taking(drafts: ConfidentDrafts, failed: Failed) -> Iterator[None]:
 
 
 def running() -> ConfidentDrafts | None:
-    """The confident drafts of the step that is being verified, None where there are none."""
+    """The confident drafts of the step that is being verified, None where there are none, or none that the host knows."""
     found = _RUNNING.get()
-    return None if found is None else found[0]
+    return found[0] if found is not None and isinstance(found[0], ConfidentDrafts) else None
 
 
 def certain(logits: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
-    """The target's logits as `ConfidentDrafts.certain` makes them of the running step; as they are where it has no such drafts."""
+    """The target's logits as the drafts of the running step make them (`ConfidentDrafts`, `DraftedRequests`); as they are where it
+    has none."""
     found = _RUNNING.get()
     if found is None:
         return logits

@@ -268,6 +268,18 @@ V2_PROBABILISTIC_DRAFTS: tuple[Requirement, ...] = (
     Takes("v1.worker.gpu.spec_decode.rejection_sampler_utils", "_compute_global_logprobs_and_logsumexp", "temp"),
 )
 
+V2_CONFIDENCE: tuple[Requirement, ...] = (
+    Imported("v1.worker.gpu.spec_decode", "rejection_sampler"),
+    Replaced(
+        "v1.worker.gpu.spec_decode.rejection_sampler",
+        "rejection_sample",
+        "target_logits, draft_logits, draft_sampled, cu_num_logits, pos, idx_mapping, expanded_idx_mapping, expanded_local_pos, "
+        "*args, **kwargs",
+    ),
+    Replaced(V2, "GPUModelRunner.sample", "self, *args, **kwargs"),
+    Replaced("v1.worker.gpu.sample.sampler", "Sampler.add_request", "self, req_idx, sampling_params"),
+)
+
 REQUEST_LORAS: tuple[Requirement, ...] = (
     Mentions("lora.model_manager", "lora_manager"),
     Imported("lora.layers", "LogitsProcessorWithLoRA VocabParallelEmbeddingWithLoRA"),
@@ -302,6 +314,7 @@ GROUPS: dict[str, tuple[Requirement, ...]] = {
     "acceptance by confidence on the V1 runner": V1_CONFIDENCE,
     "V2 runner": V2_RUNNER,
     "probabilistic drafts on the V2 runner": V2_PROBABILISTIC_DRAFTS,
+    "acceptance by confidence on the V2 runner": V2_CONFIDENCE,
     "request LoRA adapters": REQUEST_LORAS,
     "sliding windows beside full attention on CPUs": WINDOWS_BESIDE_FULL_ATTENTION,
     "commands": COMMANDS,
@@ -311,6 +324,7 @@ OPTIONS = {
     "probabilistic drafts on the V1 runner": '"draft_sample_method": "probabilistic"',
     "acceptance by confidence on the V1 runner": '"acceptance": "confidence"',
     "probabilistic drafts on the V2 runner": '"draft_sample_method": "probabilistic"',
+    "acceptance by confidence on the V2 runner": '"acceptance": "confidence"',
     "request LoRA adapters": "--enable-lora",
     "sliding windows beside full attention on CPUs": "--speculative-config for a model with sliding-window and full attention",
 }
@@ -350,21 +364,21 @@ def options(*, on_v2: bool, probabilistic: bool, by_confidence: bool, request_lo
     runner = "V2" if on_v2 else "V1"
     if probabilistic:
         yield f"probabilistic drafts on the {runner} runner"
-    if by_confidence:  # refused on V2
-        yield "acceptance by confidence on the V1 runner"
+    if by_confidence:
+        yield f"acceptance by confidence on the {runner} runner"
     if request_loras:
         yield "request LoRA adapters"
     if windows:
         yield "sliding windows beside full attention on CPUs"
 
 
-def of_hook(name: str) -> Replaced:
-    """What is expected of a name that is to be replaced; `name` is that in its module.
+def of_hook(module: str, name: str) -> Replaced:
+    """What is expected of a name that is to be replaced; `name` is that in its `module`.
 
     Raises:
         LookupError: it is not listed here.
     """
     for requirement in (requirement for group in GROUPS.values() for requirement in group):
-        if isinstance(requirement, Replaced) and requirement.name == name:
+        if isinstance(requirement, Replaced) and (requirement.module, requirement.name) == (module, name):
             return requirement
-    raise LookupError(f"{name} is replaced, but vllm_mtp.contract does not say what is expected of it")
+    raise LookupError(f"{module}.{name} is replaced, but vllm_mtp.contract does not say what is expected of it")

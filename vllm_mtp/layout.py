@@ -117,10 +117,19 @@ class Groups:
                 sampled nothing.
             k: rows wanted.
         """
-        of_requests = self.accepted_group[: accepted.shape[0]]
-        group = of_requests.gather(1, accepted.long().clamp(0, of_requests.shape[1] - 1)[:, None])
-        first = self.start[group.clamp(min=0)]
+        first = self.start[self._group(accepted).clamp(min=0)]
         return (first + torch.arange(k, device=first.device)).clamp(max=self.num_rows - 1)
+
+    def of_own_group(self, accepted: torch.Tensor, k: int) -> torch.Tensor:
+        """Which of `draft_rows` are in the group that the request drafts from, [R, k]; without a host read."""
+        group = self._group(accepted)
+        count = torch.where((group >= 0) & (accepted[:, None] >= 0), self.length[group.clamp(min=0)], 0)
+        return torch.arange(k, device=count.device) < count
+
+    def _group(self, accepted: torch.Tensor) -> torch.Tensor:
+        """The group that each request drafts from, -1 where there is none, [R, 1]."""
+        of_requests = self.accepted_group[: accepted.shape[0]]
+        return of_requests.gather(1, accepted.long().clamp(0, of_requests.shape[1] - 1)[:, None])
 
 
 @lru_cache(maxsize=512)

@@ -191,11 +191,6 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
             "request in every step, so one that has none could never draft again: use quadratic, auto or a list that begins with a "
             "group, or set VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    if options.acceptance == "confidence" and runs_on_v2():
-        raise ConfigurationError(
-            "acceptance by confidence is not supported on vLLM's V2 model runner yet: leave acceptance out, or set "
-            "VLLM_USE_V2_MODEL_RUNNER=0"
-        )
     if getattr(parallel_config, "use_ubatching", False):
         raise ConfigurationError("mask-token prediction does not support dual batch overlap yet: leave --enable-dbo out")
     if getattr(model_config, "runner_type", "generate") != "generate":

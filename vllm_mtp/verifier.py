@@ -11,7 +11,7 @@ from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensL
 
 from vllm_mtp import confidence
 from vllm_mtp.breaker import Breaker
-from vllm_mtp.confidence import ConfidentDrafts
+from vllm_mtp.confidence import Drafts
 
 REJECTED = -1
 """What stands behind the tokens of a request in the sampler's output (rejection_sampler.py, PLACEHOLDER_TOKEN_ID)."""
@@ -95,29 +95,28 @@ def before(sampler: Any, breaker: Breaker) -> Callable[..., Any]:
     return forward
 
 
-def with_confidence(sampler: Any, confident: Callable[[Any], ConfidentDrafts | None], breaker: Breaker) -> Callable[..., Any]:
-    """The forward of a rejection sampler while whose steps it is known which drafts are to be taken without a match.
+def with_confidence(verify: Callable[..., Any], confident: Callable[..., Drafts | None], breaker: Breaker) -> Callable[..., Any]:
+    """A runner's verification, while whose steps it is known which drafts are to be taken without a match.
 
     Args:
-        sampler: vLLM's RejectionSampler, which ends in `rejection_sample` (`compat.hook_rejection_sample`).
-        confident: of a step's SpecDecodeMetadata, its confident drafts; None: there are none.
+        verify: ends in a `rejection_sample` that asks for them (`compat`).
+        confident: of what `verify` is called with, the confident drafts; None: there are none.
         breaker: once it is open, all drafts are verified.
     """
-    verify = sampler.forward
 
     def failed(error: Exception) -> None:
         breaker.trip("taking drafts by confidence", error)
 
-    def forward(metadata: Any, draft_probs: torch.Tensor | None, logits: torch.Tensor, sampling_metadata: Any) -> Any:
+    def verify_and_take(*args: Any, **kwargs: Any) -> Any:
         drafts = None
         if not breaker.is_open:
             try:
-                drafts = confident(metadata)
+                drafts = confident(*args, **kwargs)
             except Exception as error:
                 failed(error)
         if drafts is None:
-            return verify(metadata, draft_probs, logits, sampling_metadata)
+            return verify(*args, **kwargs)
         with confidence.taking(drafts, failed):
-            return verify(metadata, draft_probs, logits, sampling_metadata)
+            return verify(*args, **kwargs)
 
-    return forward
+    return verify_and_take

@@ -1,5 +1,6 @@
 """Acceptance by confidence against the rule, read off a draft at a time; options of requests."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from vllm.v1.sample import rejection_sampler
 
 from vllm_mtp import confidence, selection
 from vllm_mtp.compat import _rejection_sample
-from vllm_mtp.confidence import ConfidentDrafts, Drafted
+from vllm_mtp.confidence import NONE, ConfidentDrafts, Drafted, DraftedRequests
 from vllm_mtp.config import RequestOptions, ServingOptions
 from vllm_mtp.verifier import REJECTED, greedy_tokens
 
@@ -158,6 +159,71 @@ def test_vllms_rejection_sampler_follows_the_rule(step: dict[str, Any]) -> None:
     assert confident.taken.tolist() == taken
     assert torch.equal(logits, original)  # from which vLLM may still take log-probabilities
     assert confidence.running() is None
+
+
+def of_states(step: dict[str, Any], drafted: DraftedRequests) -> tuple[list[int], list[torch.Tensor]]:
+    """A step as the V2 runner has it: the state of each request, and of the rows the token in each, the state and the position.
+
+    Draft i of the step is at tau or above in `drafted` if it is confident; the last draft of a request is invalid if it is the
+    request's third.
+    """
+    counts = step["num_drafts"]
+    states = torch.randperm(len(drafted.tau), generator=torch.Generator().manual_seed(step["seed"]))[: len(counts)].tolist()
+    tokens, positions, first = [], [], 0
+    for state, count in zip(states, counts, strict=True):
+        drafted.add(state, 0.6)
+        chances = torch.where(step["confident"][first : first + count], 0.7, 0.5)
+        drafted.keep(torch.tensor([state]), torch.cat([chances, torch.full((4 - count,), 0.9)])[None])
+        tokens += [V - 1, *step["drafts"][first : first + count].tolist()]
+        positions += range(1 + count)
+        first += count
+    tokens = [-1 if position == 3 else token for token, position in zip(tokens, positions, strict=True)]
+    rows = torch.tensor(states).repeat_interleave(torch.tensor(counts) + 1)
+    return states, [torch.tensor(tokens), rows.int(), torch.tensor(positions, dtype=torch.int32)]
+
+
+@given(steps())
+def test_on_a_device_the_same_rows_become_certain(step: dict[str, Any]) -> None:
+    drafted = DraftedRequests.of(9, 4, torch.device("cpu"))
+    states, columns = of_states(step, drafted)
+    logits, rows = step["logits"], torch.from_numpy(step["rows"])
+    drafts = columns[0][rows + 1]
+    confident = ConfidentDrafts(step["confident"])
+    expected = logits.clone()
+    expected[rows] = confident.certain(logits[rows], drafts)
+    assert torch.equal(drafted.certain(logits, *columns), expected)
+    for name in ("taken", "unmatched"):
+        of_step = getattr(confident, name).tolist()
+        for state, count in zip(states, step["num_drafts"], strict=True):
+            assert getattr(drafted, name)[state].tolist() == [*of_step[:count], *[False] * (5 - count)]
+            of_step = of_step[count:]
+    # vLLM verifies large steps in parts, each of some whole requests.
+    ends = [0, *(np.cumsum(np.array(step["num_drafts"]) + 1)).tolist()]
+    parts = [slice(first, end) for first, end in pairwise(ends)]
+    certain = [drafted.certain(logits[part], *(column[part] for column in columns)) for part in parts]
+    assert torch.equal(torch.cat(certain), expected)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.9, 1.0, 1 + 1e-9, 2.0])
+def test_a_place_that_is_used_again_has_nothing_of_the_request_before(tau: float) -> None:
+    drafted = DraftedRequests.of(2, 3, torch.device("cpu"))
+    logits, tokens = torch.zeros(4, V), torch.tensor([1, 2, 3, 4])
+    rows = torch.ones(4, dtype=torch.int32), torch.arange(4, dtype=torch.int32)
+
+    def taken() -> list[bool]:
+        drafted.certain(logits, tokens, *rows)
+        return drafted.taken[1].tolist()
+
+    assert not any(taken())
+    for own in (0.0, tau):
+        drafted.add(1, own)
+        assert not any(taken())
+        drafted.keep(torch.tensor([1]), torch.tensor([[1.0, 0.95, 0.0]]))
+        assert taken() == [own <= 1, own <= 0.95, own == 0, False]
+    drafted.keep(torch.tensor([1]), torch.tensor([[1.0, NONE, 1.0]]))
+    assert taken() == [tau <= 1, False, tau <= 1, False]
+    drafted.keep(torch.tensor([1, 0]), NONE)
+    assert not any(taken())
 
 
 def test_a_failure_is_told_and_changes_nothing() -> None:

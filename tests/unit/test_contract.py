@@ -83,8 +83,13 @@ def test_every_hook_is_listed_under_its_name() -> None:
     listed = {requirement.name.split(".")[-1] for requirement in flat(ALL) if hasattr(requirement, "ours")}
     assert len(replaced) >= 7
     assert set(replaced) <= listed
-    with pytest.raises(LookupError, match=r"GPUModelRunner\.unheard_of is replaced"):
-        contract.of_hook("GPUModelRunner.unheard_of")
+    with pytest.raises(LookupError, match=r"model_runner\.GPUModelRunner\.unheard_of is replaced"):
+        contract.of_hook("v1.worker.gpu.model_runner", "GPUModelRunner.unheard_of")
+
+
+def test_a_name_that_two_modules_have_is_another_in_each() -> None:
+    modules = ("v1.sample.rejection_sampler", "v1.worker.gpu.spec_decode.rejection_sampler")
+    assert [contract.of_hook(module, "rejection_sample").module for module in modules] == list(modules)
 
 
 def test_the_installed_vllm_meets_it() -> None:
@@ -262,7 +267,7 @@ def test_a_kernel_is_read_where_it_does_not_say_what_it_takes(monkeypatch: pytes
     assert "temp" in taken.positional
 
 
-HOOK = "EngineArgs.create_speculative_config"
+HOOK = "engine.arg_utils", "EngineArgs.create_speculative_config"
 
 
 @pytest.fixture
@@ -279,7 +284,7 @@ def logged() -> Iterator[list[logging.LogRecord]]:
 
 @pytest.mark.usefixtures("unread")
 def test_a_hook_that_is_gone_at_run_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    compat.check_vllm([contract.of_hook(HOOK)])
+    compat.check_vllm([contract.of_hook(*HOOK)])
     monkeypatch.setattr(EngineArgs, "make_speculative_config", EngineArgs.create_speculative_config, raising=False)
     monkeypatch.delattr(EngineArgs, "create_speculative_config")
     with pytest.raises(compat.UnsupportedVersion) as refusal:

@@ -80,6 +80,24 @@ def test_groups_follow_the_definition(batch: Requests, lengths: tuple[int, ...],
     assert groups.num_rows == len(positions) <= max_rows
 
 
+@given(requests(), LAYOUTS, st.sampled_from([1000, 10]), st.lists(st.integers(-1, K), min_size=5, max_size=5))
+def test_drafts_come_from_the_group_behind_the_row_accepted_last(
+    batch: Requests, lengths: tuple[int, ...], max_rows: int, accepted: list[int]
+) -> None:
+    groups = plan(batch, lengths, max_rows)
+    if groups is None:
+        return
+    of_requests = torch.tensor(accepted[: len(batch)], dtype=torch.int32)
+    rows, own = groups.draft_rows(of_requests, K), groups.of_own_group(of_requests, K)
+    assert rows.shape == own.shape == (len(batch), K)
+    assert int(rows.max()) < groups.num_rows
+    for request, count in enumerate(of_requests.tolist()):
+        group = groups.after[request][count] if count >= 0 else -1
+        expected = range(groups.starts[group], groups.starts[group + 1]) if group >= 0 else range(0)
+        assert rows[request][own[request]].tolist() == list(expected)
+        assert own[request].tolist() == [m < len(expected) for m in range(K)]
+
+
 @given(requests(), LAYOUTS, st.sampled_from([1000, 10]), st.lists(st.integers(0, K), min_size=5, max_size=5))
 def test_no_group_is_longer_than_its_request_can_use(
     batch: Requests, lengths: tuple[int, ...], max_rows: int, most: list[int]

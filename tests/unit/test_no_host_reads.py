@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
+from vllm_mtp.confidence import NONE, DraftedRequests
 from vllm_mtp.drafter import Drafter, Unembedding
 from vllm_mtp.layout import group_lengths, plan_groups, shapes_of
 from vllm_mtp.load import widest_comb
@@ -88,6 +89,21 @@ def test_drafting(fake: FakeTensorMode, candidates: int) -> None:
     drafts = drafter(torch.zeros(planned.groups.num_rows, WIDTH), rows, torch.zeros(2, dtype=torch.long))
     assert isinstance(drafts, FakeTensor)
     assert drafts.shape == (2, K)
+
+
+def test_acceptance_by_confidence(fake: FakeTensorMode) -> None:
+    planned = planner().plan(step((5, 5), (4, 4), "quadratic"))
+    assert planned is not None
+    drafted = DraftedRequests.of(8, K, torch.device("cpu"))
+    states, num_sampled = torch.tensor([3, 1]), torch.ones(2, dtype=torch.int32)
+    drafted.add(3, 0.9)
+    own = planned.groups.of_own_group(num_sampled - 1, K)
+    drafted.keep(states, torch.where(own, torch.ones(2, K), NONE))
+    drafted.keep(states, NONE)
+    rows = torch.zeros(10, dtype=torch.long), torch.zeros(10, dtype=torch.int32), torch.zeros(10, dtype=torch.int32)
+    certain = drafted.certain(torch.zeros(10, VOCABULARY), *rows)
+    assert isinstance(certain, FakeTensor)
+    assert certain.shape == (10, VOCABULARY)
 
 
 def test_the_layout_of_a_batch_follows_from_its_size() -> None:

@@ -68,7 +68,8 @@ class MaskTokenProposer(MaskTokenTarget):
             runner.rejection_sampler.forward = verifier.before(runner.rejection_sampler, self.breaker)
         if self.by_confidence:
             compat.hook_rejection_sample()
-            runner.rejection_sampler.forward = verifier.with_confidence(runner.rejection_sampler, self._confident, self.breaker)
+            sampler = runner.rejection_sampler
+            sampler.forward = verifier.with_confidence(sampler.forward, self._confident, self.breaker)
 
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         return self.control.choose(num_requests) if self.shapes_groups else self.layouts[0]
@@ -136,8 +137,12 @@ class MaskTokenProposer(MaskTokenTarget):
         parameters = self.runner.requests[request].sampling_params
         return NO_OPTIONS if parameters is None else RequestOptions.checked(parameters.extra_args)
 
-    def _confident(self, metadata: Any) -> ConfidentDrafts | None:
-        """The drafts of the running step that are taken without a match, unless the request forbids them."""
+    def _confident(self, metadata: Any, *_: Any) -> ConfidentDrafts | None:
+        """The drafts of the running step that are taken without a match, unless the request forbids them.
+
+        Args:
+            metadata: vLLM's SpecDecodeMetadata (v1/spec_decode/metadata.py).
+        """
         batch, flags = self.runner.input_batch, []
         for request, scheduled, count in zip(batch.req_ids, batch.spec_token_ids, metadata.num_draft_tokens, strict=False):
             if count:

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_mtp import load
+from vllm_mtp import compat, load, verifier
+from vllm_mtp.confidence import NONE, DraftedRequests
+from vllm_mtp.config import RequestOptions
 from vllm_mtp.layout import Groups, shapes_of
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.target import MaskTokenTarget
@@ -87,6 +90,25 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
             return metadata
 
         state.prepare_attn = prepare_and_plan  # type: ignore[method-assign, assignment]
+        if self.by_confidence:
+            self._take_by_confidence(runner)
+
+    def _take_by_confidence(self, runner: Any) -> None:
+        """Lets drafts be taken without a match: thresholds are kept as requests come, and verification is told of the drafts."""
+        compat.hook_v2_rejection_sample()
+        drafted = self.drafted = DraftedRequests.of(self.max_requests, self.k, self.drafts.device)
+        add_to_sampler = runner.sampler.add_request
+
+        def add_request(req_idx: int, sampling_params: SamplingParams) -> None:
+            add_to_sampler(req_idx, sampling_params)
+            try:
+                asked = RequestOptions.checked(sampling_params.extra_args).mtp_tau
+                drafted.add(req_idx, self.options.default_tau if asked is None else asked)
+            except Exception as error:
+                self.breaker.trip("taking drafts by confidence", error)
+
+        runner.sampler.add_request = add_request
+        runner.sample = verifier.with_confidence(runner.sample, lambda *_, **__: drafted, self.breaker)
 
     def bind(self, runner: Any) -> None:
         """Takes the runner once its KV cache stands."""
@@ -186,6 +208,8 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
                 self.breaker.trip("drafting", error)
         if sampling:  # the distribution of a certain draft
             self._publish(requests, torch.zeros_like(self.candidates[requests]))
+        if self.by_confidence:
+            self.drafted.keep(requests, NONE)
         return drafts.zero_()
 
     def _draft(
@@ -206,13 +230,18 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         rows = groups.draft_rows(num_sampled - 1, self.k)
         sampled = last_sampled.view(-1)[requests].long()
         hidden = states[: groups.num_rows]
-        if not sampling:
-            return drafts.copy_(self.draft(hidden, rows, sampled))
-        last_positions = (input_batch.seq_lens[:num_requests] - num_rejected).long()
-        tokens, candidates, scores = self.sample_drafts(
-            hidden, rows, sampled, temperature[requests], seeds[requests], last_positions
-        )
-        self._publish(requests, candidates, scores)
+        if sampling:
+            last_positions = (input_batch.seq_lens[:num_requests] - num_rejected).long()
+            found = self.sample_drafts(hidden, rows, sampled, temperature[requests], seeds[requests], last_positions)
+            self._publish(requests, found.candidates, found.scores)
+            tokens, probabilities = found.drafts, found.confidence() if self.by_confidence else None
+        elif self.by_confidence:
+            tokens, probabilities = self.draft_with_confidence(hidden, rows, sampled)
+        else:
+            tokens, probabilities = self.draft(hidden, rows, sampled), None
+        if probabilities is not None:
+            own = groups.of_own_group(num_sampled - 1, self.k)
+            self.drafted.keep(requests, torch.where(own, probabilities, NONE))
         return drafts.copy_(tokens)
 
     def _publish(self, requests: torch.Tensor, candidates: torch.Tensor, scores: torch.Tensor | float = 0.0) -> None:
