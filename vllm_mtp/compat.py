@@ -49,8 +49,8 @@ V2 runner, when selected, in every process that holds the configuration:
 
 On instances of the engine that selected us, where they belong: the target's `forward` (`expansion`), its linear layers' `apply`
 (`gated_lora`), its attention layers' methods and their implementations' (`mask_attention`, `cpu_attention`); on the V1 runner,
-on CPUs and for acceptance by confidence, `rejection_sampler.forward` (`verifier`); on the V2 runner the `prepare_attn` of its model
-state and, for acceptance by confidence, `sample` and the sampler's `add_request` (`runner.v2`).
+on CPUs and for acceptance by confidence, `rejection_sampler.forward` (`verifier`); on the V2 runner its model
+state's `prepare_attn` and, for acceptance by confidence, `add_request`, and the runner's `sample` (`runner.v2`).
 
 All wrappers are idempotent and hand through whatever is not ours.
 """

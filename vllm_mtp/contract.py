@@ -253,6 +253,8 @@ V2_RUNNER: tuple[Requirement, ...] = (
         "ModelState.prepare_attn",
         "self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, for_capture=False, **kwargs",
     ),
+    Imported("v1.core.sched.output", "NewRequestData"),
+    Has("v1.core.sched.output", "NewRequestData", "sampling_params"),
     Imported("v1.worker.gpu.input_batch", "InputBatch"),
     Has("v1.worker.gpu.input_batch", "InputBatch", "req_ids num_reqs num_reqs_after_padding num_tokens_after_padding"),
     Has("v1.worker.gpu.input_batch", "InputBatch", "idx_mapping idx_mapping_np num_scheduled_tokens num_draft_tokens_per_req"),
@@ -277,7 +279,7 @@ V2_CONFIDENCE: tuple[Requirement, ...] = (
         "*args, **kwargs",
     ),
     Replaced(V2, "GPUModelRunner.sample", "self, *args, **kwargs"),
-    Replaced("v1.worker.gpu.sample.sampler", "Sampler.add_request", "self, req_idx, sampling_params"),
+    Replaced("v1.worker.gpu.model_states.interface", "ModelState.add_request", "self, req_index, new_req_data"),
 )
 
 REQUEST_LORAS: tuple[Requirement, ...] = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
@@ -97,17 +97,19 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         """Lets drafts be taken without a match: thresholds are kept as requests come, and verification is told of the drafts."""
         compat.hook_v2_rejection_sample()
         drafted = self.drafted = DraftedRequests.of(self.max_requests, self.k, self.drafts.device)
-        add_to_sampler = runner.sampler.add_request
+        state: ModelState = runner.model_state
+        add_to_model_state = state.add_request
 
-        def add_request(req_idx: int, sampling_params: SamplingParams) -> None:
-            add_to_sampler(req_idx, sampling_params)
+        def add_request(req_index: int, new_req_data: NewRequestData) -> None:
+            add_to_model_state(req_index, new_req_data)
             try:
-                asked = RequestOptions.checked(sampling_params.extra_args).mtp_tau
-                drafted.add(req_idx, self.options.default_tau if asked is None else asked)
+                parameters = new_req_data.sampling_params
+                asked = None if parameters is None else RequestOptions.checked(parameters.extra_args).mtp_tau
+                drafted.add(req_index, self.options.default_tau if asked is None else asked)
             except Exception as error:
                 self.breaker.trip("taking drafts by confidence", error)
 
-        runner.sampler.add_request = add_request
+        state.add_request = add_request  # type: ignore[method-assign]
         runner.sample = verifier.with_confidence(runner.sample, lambda *_, **__: drafted, self.breaker)
 
     def bind(self, runner: Any) -> None:
