@@ -131,6 +131,17 @@ class DraftedRequests:
         """
         self.probabilities[states, : self.probabilities.shape[1] - 1] = probabilities
 
+    def verified(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Probabilities of the drafts of `states`, 0 where there was none, and which of them were taken and unmatched, [R, k] each.
+
+        The next time they are as if none was taken, unless other drafts have been verified.
+        """
+        k = self.probabilities.shape[1] - 1
+        taken = self.taken[states, :k]
+        unmatched = taken & self.unmatched[states, :k]
+        self.taken[states] = False
+        return self.probabilities[states, :k].clamp(min=0), taken, unmatched
+
     def certain(self, logits: torch.Tensor, tokens: torch.Tensor, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The target's logits with rows of taken drafts made certain, [D + R, V]; a copy. For all requests of a step or for some.
 

@@ -258,6 +258,7 @@ V2_RUNNER: tuple[Requirement, ...] = (
     Imported("v1.worker.gpu.input_batch", "InputBatch"),
     Has("v1.worker.gpu.input_batch", "InputBatch", "req_ids num_reqs num_reqs_after_padding num_tokens_after_padding"),
     Has("v1.worker.gpu.input_batch", "InputBatch", "idx_mapping idx_mapping_np num_scheduled_tokens num_draft_tokens_per_req"),
+    Has("v1.worker.gpu.input_batch", "InputBatch", "num_draft_tokens cu_num_logits"),
     Has("v1.worker.gpu.input_batch", "InputBatch", "seq_lens seq_lens_cpu_upper_bound is_prefilling_np"),
     Has("v1.worker.gpu.states", "RequestState", "req_id_to_index num_computed_prefill_tokens prefill_len"),
     Has("v1.worker.gpu.sample.sampler", "Sampler", "sampling_states"),

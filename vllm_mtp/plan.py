@@ -25,10 +25,7 @@ def _by_position() -> list[Any]:
 
 @dataclass
 class Counters:
-    """What the plugin did so far; times in seconds. Lists are by position of the draft.
-
-    On the V2 runner, which the host does not wait for, nothing is known here of drafts and their times.
-    """
+    """What the plugin did so far; times in seconds. Lists are by position of the draft."""
 
     layouts: dict[tuple[int, ...], int] = field(default_factory=dict)
     """Steps by layout."""
@@ -70,7 +67,7 @@ class Counters:
 
     def snapshot(self) -> "Counters":
         """A copy, which may be made while another thread counts."""
-        return replace(self, **{name: copy(value) for name, value in vars(self).items()})
+        return Counters(**{each.name: copy(getattr(self, each.name)) for each in fields(Counters)})
 
 
 @dataclass

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.v1.metrics.prometheus import get_prometheus_registry, unregister_vllm_metrics
 
 import vllm_mtp
 from vllm_mtp import metrics
+from vllm_mtp.confidence import DraftedRequests
 from vllm_mtp.config import ServingOptions
+from vllm_mtp.device_counters import CountersOnDevice
 from vllm_mtp.plan import Counters
 
 DASHBOARD = json.loads((Path(vllm_mtp.__file__).parent / "grafana" / "dashboard.json").read_text())
@@ -157,6 +162,41 @@ def test_a_snapshot_stays() -> None:
     counters.stepped((2, 2, 2))
     counters.verified(1, 1)
     assert before == counted() != counters
+
+
+COUNTED = st.lists(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 4), st.lists(st.integers(0, 3), min_size=4, max_size=4)), max_size=4),
+    max_size=3,
+)
+"""Steps: of each request how many drafts it has and how many of them are accepted (-1: it sampled nothing), and of each draft
+whether it was taken (1) and no match (2)."""
+
+
+@given(COUNTED)
+def test_what_a_device_counts_is_what_a_host_would(steps: list[list[tuple[int, int, list[int]]]]) -> None:
+    on_host, on_device = Counters(), CountersOnDevice(4, torch.device("cpu"))
+    drafted = DraftedRequests.of(5, 4, torch.device("cpu"))
+    for step in steps:
+        states = [4, 2, 0, 3][: len(step)]
+        for state, (drafts, most, kinds) in zip(states, step, strict=True):
+            accepted = max(0, min(most, drafts))
+            drafted.keep(torch.tensor([state]), torch.tensor([[0.5 if kind & 1 else -1.0 for kind in kinds]]))
+            drafted.taken[state, :4] = torch.tensor([kind & 1 > 0 for kind in kinds])
+            drafted.unmatched[state, :4] = torch.tensor([kind > 1 for kind in kinds])
+            if not drafts:
+                continue
+            on_host.verified(drafts, accepted)
+            on_host.expect([0.5 if kind & 1 else 0.0 for kind in kinds[:drafts]])
+            for position, kind in enumerate(kinds[:accepted]):
+                on_host.confident[position] += kind & 1
+                on_host.unmatched += kind == 3
+        if step:
+            sampled = torch.tensor([min(most, drafts) + 1 for drafts, most, _ in step], dtype=torch.int32)
+            on_device.count(torch.tensor([drafts for drafts, *_ in step]), sampled, torch.tensor(states), drafted)
+            assert not drafted.verified(torch.tensor(states))[1].any()
+    on_device.stepped((4, 4, 4, 4, 4))
+    on_host.stepped((4, 4, 4, 4, 4))
+    assert on_device.snapshot() == on_host
 
 
 def test_names_are_ours_and_not_among_those_that_benchmarks_add_up() -> None:

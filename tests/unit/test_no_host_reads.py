@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from vllm_mtp.confidence import NONE, DraftedRequests
+from vllm_mtp.device_counters import CountersOnDevice
 from vllm_mtp.drafter import Drafter, Unembedding
 from vllm_mtp.layout import group_lengths, plan_groups, shapes_of
 from vllm_mtp.load import widest_comb
@@ -99,6 +100,9 @@ def test_acceptance_by_confidence(fake: FakeTensorMode) -> None:
     drafted.add(3, 0.9)
     own = planned.groups.of_own_group(num_sampled - 1, K)
     drafted.keep(states, torch.where(own, torch.ones(2, K), NONE))
+    counters = CountersOnDevice(K, torch.device("cpu"))
+    counters.count(torch.full((2,), K), num_sampled, states, drafted)
+    assert isinstance(counters.on_host, FakeTensor)
     drafted.keep(states, NONE)
     rows = torch.zeros(10, dtype=torch.long), torch.zeros(10, dtype=torch.int32), torch.zeros(10, dtype=torch.int32)
     certain = drafted.certain(torch.zeros(10, VOCABULARY), *rows)

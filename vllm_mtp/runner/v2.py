@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm_mtp import compat, load, verifier
 from vllm_mtp.confidence import NONE, DraftedRequests
 from vllm_mtp.config import RequestOptions
+from vllm_mtp.device_counters import CountersOnDevice
 from vllm_mtp.layout import Groups, shapes_of
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.target import MaskTokenTarget
@@ -39,6 +40,10 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
     """What the drafts of each request state were drawn from, before temperature, [max_num_seqs, k, V] in float32, if drafts are
     probabilistic: 330 MB for 64 requests, k = 8 and 160,000 tokens. The rejection sampler reads it
     (v1/worker/gpu/spec_decode/rejection_sampler.py, 0.32; releases before held logits that were divided by the temperature)."""
+
+    drafted: DraftedRequests | None = None
+    """What is known of the drafts that are verified next, in acceptance by confidence."""
+    counters: CountersOnDevice
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config)
@@ -63,6 +68,7 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         """
         self.install(runner.model, lambda: self.planned, keep_states=True)
         self.req_states = runner.req_states
+        self.counters = self.planner.counters = CountersOnDevice(self.k, self.drafts.device)
         if self.probabilistic:
             vocab_size = self.config.model_config.get_vocab_size()
             self.draft_logits = torch.full(
@@ -199,6 +205,11 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         drafts = self.drafts[:num_requests]
         if dummy_run:
             return drafts.zero_()
+        if input_batch.num_draft_tokens and not self.breaker.is_open:
+            try:
+                self.counters.count(input_batch.cu_num_logits.diff() - 1, num_sampled, requests, self.drafted)
+            except Exception as error:
+                self.breaker.trip("counting drafts", error)
         # A greedy request's drafts need no distribution, so a step without any other costs what greedy drafts cost.
         sampling = self.probabilistic and bool((self.sampling_states.temperature.np[input_batch.idx_mapping_np] > 0).any())
         if self.planned is not None and not self.breaker.is_open:
@@ -210,7 +221,7 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
                 self.breaker.trip("drafting", error)
         if sampling:  # the distribution of a certain draft
             self._publish(requests, torch.zeros_like(self.candidates[requests]))
-        if self.by_confidence:
+        if self.drafted is not None:
             self.drafted.keep(requests, NONE)
         return drafts.zero_()
 
@@ -236,12 +247,12 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
             last_positions = (input_batch.seq_lens[:num_requests] - num_rejected).long()
             found = self.sample_drafts(hidden, rows, sampled, temperature[requests], seeds[requests], last_positions)
             self._publish(requests, found.candidates, found.scores)
-            tokens, probabilities = found.drafts, found.confidence() if self.by_confidence else None
-        elif self.by_confidence:
+            tokens, probabilities = found.drafts, found.confidence() if self.drafted is not None else None
+        elif self.drafted is not None:
             tokens, probabilities = self.draft_with_confidence(hidden, rows, sampled)
         else:
             tokens, probabilities = self.draft(hidden, rows, sampled), None
-        if probabilities is not None:
+        if self.drafted is not None and probabilities is not None:
             own = groups.of_own_group(num_sampled - 1, self.k)
             self.drafted.keep(requests, torch.where(own, probabilities, NONE))
         return drafts.copy_(tokens)

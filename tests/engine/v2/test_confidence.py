@@ -116,6 +116,29 @@ def test_logprobs_are_the_targets(lossy: Engine, prompts: list[str], reference: 
     assert (expected.argmax(-1) != torch.tensor(found)).any()  # among them tokens that verification would have rejected
 
 
+def test_counts_are_vllms(lossy: Engine, prompts: list[str]) -> None:
+    vllms = [f"vllm:spec_decode_num_{name}" for name in ("drafts", "draft_tokens", "accepted_tokens")]
+
+    def count() -> list[float]:
+        """vLLM's and ours of drafts, and ours of confidence."""
+        found = lossy.runner.speculator.planner.counters.snapshot()
+        ours = [found.drafts, sum(found.drafted), sum(found.accepted), sum(found.confident), found.unmatched, sum(found.expected)]
+        return [*map(lossy.metric, vllms), *ours]
+
+    def counted(asked: list[dict[str, Any] | None]) -> list[float]:
+        before = count()
+        asking(lossy, prompts, asked, max_tokens=12)
+        return [new - old for new, old in zip(count(), before, strict=True)]
+
+    *moved, confident, unmatched, expected = counted([{"mtp_tau": 0}, None, {"mtp_tau": 0.3}])
+    assert moved[:3] == moved[3:]
+    assert 0 < unmatched < confident < moved[2]
+    assert 0 < expected < moved[1]
+    *moved, confident, unmatched, _ = counted([None, {"mtp_tau": 2}])
+    assert moved[:3] == moved[3:]
+    assert confident == unmatched == 0
+
+
 def test_what_was_not_drafted_is_not_taken(lossy: Engine, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts of requests without a group are tokens all the same, and stand where likely ones stood a step before."""
     (answer,) = asking(lossy, prompts, [{"mtp_tau": 0}])
