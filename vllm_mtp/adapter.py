@@ -1,6 +1,6 @@
 """Read, check and write an adapter folder; weights of other projects are read in `foreign`.
 
-    config.json                 AdapterConfig: base model, k, sampler, provenance
+    config.json                 AdapterConfig: base model, k, sampler, provenance; and `speculators_format`
     adapter_config.json         as PEFT writes them
     adapter_model.safetensors
     mtp.safetensors             mask_embeddings [k, d]; the sampler head's parameters under `sampler.`
@@ -46,7 +46,10 @@ __all__ = [
 ]
 
 CONFIG_FILE, MTP_FILE = "config.json", "mtp.safetensors"
+METHOD = "mtp"
+"""The speculative method that an adapter is served with."""
 SAMPLER_PREFIX = "sampler."
+SPECULATORS_KEYS = ("speculators_model_type", "speculators_config", "transformer_layer_config")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,27 @@ def is_adapter(path: str | Path) -> bool:
         return os.path.lexists(Path(path) / MTP_FILE)
 
 
+def speculators_format(config: AdapterConfig, drafts: int | None = None) -> dict[str, Any]:
+    """What stands in config.json besides, by which `vllm serve ADAPTER` finds the base model and our method (vLLM:
+    transformers_utils/config.py, maybe_override_with_speculators).
+
+    Args:
+        config: the adapter's.
+        drafts: that it is served with then; None: as many as it says for its users, else as it has mask tokens.
+    """
+    if drafts is None and config.serving is not None:
+        drafts = config.serving.num_speculative_tokens
+    return {
+        "speculators_model_type": METHOD,
+        "speculators_config": {
+            "algorithm": METHOD,
+            "proposal_methods": [{"proposal_type": METHOD, "speculative_tokens": drafts or config.num_mask_tokens}],
+            "verifier": {"name_or_path": config.base.name_or_path, "architectures": []},
+        },
+        "transformer_layer_config": {},
+    }
+
+
 def read_config(path: str | Path) -> AdapterConfig:
     """The folder's config.json; AdapterError names the first key that is unknown or wrong."""
     file = Path(path) / CONFIG_FILE
@@ -105,14 +129,31 @@ def read_config(path: str | Path) -> AdapterConfig:
     if values.get("model_type") != "vllm_mtp":
         found = values.get("model_type")
         raise AdapterError(f"{file}: model_type is {found!r}, expected 'vllm_mtp': it is no adapter; name an adapter's folder.")
+    said = {key: values.pop(key) for key in SPECULATORS_KEYS if key in values}
     try:
-        return AdapterConfig.model_validate_json(json.dumps(values))
+        config = AdapterConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the object"
         found = "" if first["type"] in ("missing", "extra_forbidden") else f", found {first['input']!r}"
         remedy = "update vllm-mtp if the adapter is newer, or write the adapter again"
         raise AdapterError(f"{file}: {key}: {first['msg']}{found}; {remedy}.") from None
+    if said and said != (expected := speculators_format(config, _drafts_of(said, config.num_mask_tokens))):
+        key = next(key for key in SPECULATORS_KEYS if said.get(key) != expected[key])
+        raise AdapterError(
+            f"{file}: {key} is {said.get(key)!r}, and the rest of the file says {expected[key]!r}: write the adapter again, or "
+            f"remove {', '.join(SPECULATORS_KEYS)}."
+        )
+    return config
+
+
+def _drafts_of(said: dict[str, Any], most: int) -> int | None:
+    """How many drafts keys in the speculators format ask for, None if that is no number from 1 to `most`."""
+    try:
+        drafts = said["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return drafts if type(drafts) is int and 1 <= drafts <= most else None
 
 
 def check_base(config: AdapterConfig, base: Any, fingerprint: str | None = None) -> None:
@@ -235,7 +276,8 @@ def write_adapter(
             tensors |= {SAMPLER_PREFIX + name: tensor for name, tensor in sampler.state_dict().items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, part / MTP_FILE, {"format": "pt"})
-        (part / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+        values = {**json.loads(config.model_dump_json()), **speculators_format(config)}
+        (part / CONFIG_FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         read_adapter(part)
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from vllm_mtp import load
+from vllm_mtp import hub, load
 from vllm_mtp.adapter import AdapterError, is_adapter, validate_folder
 from vllm_mtp.causal_lm import UnsupportedModel, check_layers
 from vllm_mtp.config import AdapterConfig, RequestOptions, ServingOptions
@@ -46,6 +46,7 @@ def asked_for(engine_args: Any) -> dict[str, Any] | None:
 
     Raises:
         ConfigurationError: it is for us, and says something twice.
+        AdapterError: it names an adapter on the hub that cannot be had.
     """
     written = engine_args.speculative_config or {}
     if not isinstance(written, dict) or not all(isinstance(key, str) for key in written):
@@ -56,6 +57,9 @@ def asked_for(engine_args: Any) -> dict[str, Any] | None:
     asked = {**{key.replace("-", "_"): value for key, value in written.items()}, **given}
     if asked.get("method") not in ("mtp", None):
         return None
+    downloaded = _from_hub(asked, engine_args.model)
+    if downloaded is not None:
+        asked["model"] = str(downloaded)
     if "mask_token_id" in asked:
         asked.setdefault("model", engine_args.model)
     elif not isinstance(asked.get("model"), str) or not (is_adapter(asked["model"]) or kind_of(asked["model"]) == NOISE):
@@ -63,7 +67,19 @@ def asked_for(engine_args: Any) -> dict[str, Any] | None:
     if len(names) > len(asked):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigurationError(f"{twice} is given twice: leave one out of --speculative-config and its flags")
+    if downloaded is not None:
+        asked.pop("revision", None)
     return asked
+
+
+def _from_hub(asked: dict[str, Any], target: str) -> Path | None:
+    """The folder of the weights that a speculative configuration names on the hub, if they are for us."""
+    name, revision = asked.get("model"), asked.get("revision")
+    if not isinstance(name, str) or name == target or not hub.is_name(name):
+        return None
+    if isinstance(revision, str):
+        name = f"{name}@{revision}"
+    return hub.local(name) if "mask_token_id" in asked or hub.names_adapter(name) else None
 
 
 def resolve(

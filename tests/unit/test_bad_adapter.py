@@ -101,6 +101,10 @@ def repeated(**entries: object) -> Callable[[Path], None]:
     return header_entry(lambda header: header["mask_embeddings"].update(entries))
 
 
+def speculators(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["speculators_config"]
+
+
 def ends_with_odd_letters(header: dict) -> None:
     header["a\x1b[2Jb\u202ec"] = header.pop("mask_embeddings")
 
@@ -123,6 +127,17 @@ BAD = {
         header_entry(lambda h: h.update({"x\n" * 10**6: h["mask_embeddings"]})),
         "x x x",
     ),
+    "another base for vLLM": (
+        lambda f: edit_json("config.json", speculators_config={**speculators(f), "verifier": {"name_or_path": "other/base"}})(f),
+        "speculators_config is {'algorithm': 'mtp'",
+    ),
+    "too many drafts for vLLM": (
+        lambda f: edit_json("config.json", speculators_config={**speculators(f), "proposal_methods": [{"speculative_tokens": 5}]})(
+            f
+        ),
+        "write the adapter again, or remove speculators_model_type",
+    ),
+    "another method for vLLM": (edit_json("config.json", speculators_model_type="eagle3"), "speculators_model_type is 'eagle3'"),
     "newer format": (edit_json("config.json", format_version=2), "format_version: Input should be 1"),
     "missing tensor": (edit_tensors(LORA, lambda t: t.pop(FIRST)), f"{LORA}: tensor {FIRST} is missing"),
     "extra tensor": (edit_tensors(LORA, lambda t: t.update(extra=torch.zeros(1))), "tensor extra of shape [1] is not expected"),

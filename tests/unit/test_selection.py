@@ -103,7 +103,9 @@ def test_room_for_mask_rows_is_set_aside(
 
 
 def engine_arguments(written: Any, **flags: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{"speculative_config": written, "spec_method": None, "spec_model": None, "spec_tokens": None, **flags})
+    return SimpleNamespace(
+        **{"speculative_config": written, "spec_method": None, "spec_model": None, "spec_tokens": None, "model": "m", **flags}
+    )
 
 
 def test_what_is_said_twice_is_refused_and_not_chosen_from(adapter_folder: Path) -> None:

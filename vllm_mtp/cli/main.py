@@ -18,10 +18,23 @@ app = typer.Typer(
 )
 
 
+def _folder(name: str | Path) -> str:
+    """The folder of an adapter or a model, by its path or its name on the hub; ends the command where it cannot be had."""
+    from vllm_mtp import hub
+    from vllm_mtp.cli.show import print_error
+    from vllm_mtp.safe_files import AdapterError
+
+    try:
+        return str(hub.local(name))
+    except AdapterError as error:
+        print_error(error)
+        raise typer.Exit(1) from None
+
+
 @app.command()
 def demo(
     model: Annotated[str | None, typer.Option(help="Base model; the demo's own when left out.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Adapter folder for that base.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter for that base: a folder or its name on the hub.")] = None,
     prompts: Annotated[int, typer.Option(min=1, max=120, help="Held-out prompts to show.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens a prompt.")] = 128,
     num_speculative_tokens: Annotated[int | None, typer.Option("--num-speculative-tokens", "-k", min=1, help="Drafts.")] = None,
@@ -41,7 +54,7 @@ def demo(
 
     options = DemoOptions(
         model=model or str(files.BASE),
-        adapter=adapter or str(files.ADAPTER),
+        adapter=_folder(adapter or files.ADAPTER),
         num_prompts=prompts,
         max_tokens=max_tokens,
         num_speculative_tokens=num_speculative_tokens,
@@ -83,24 +96,25 @@ def bench(
     if config is not None and adapter is not None:
         raise typer.BadParameter("name the adapter in the file, or leave the file out", param_hint="--adapter")
     given = {"model": model, "clients": clients or None, "rounds": rounds}
+    adapter = None if adapter is None else _folder(adapter)
     raise typer.Exit(run(config, output, report_only, adapter, {name: value for name, value in given.items() if value is not None}))
 
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    base: Annotated[Path | None, typer.Option(help="Base model folder to check the adapter against.")] = None,
+    adapter: Annotated[Path, typer.Argument(help="Adapter: a folder or its name on the hub.")],
+    base: Annotated[Path | None, typer.Option(help="Base model to check the adapter against, likewise.")] = None,
 ) -> None:
     """Say what an adapter is: for which base model, how many mask tokens, its size, and how it was trained."""
     from vllm_mtp.cli.inspect import run
 
-    raise typer.Exit(run(adapter, base))
+    raise typer.Exit(run(Path(_folder(adapter)), None if base is None else Path(_folder(base))))
 
 
 @app.command()
 def doctor(
     model: Annotated[str | None, typer.Argument(help="Base model; the demo's own when left out.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Adapter folder; the demo's own when left out.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter: a folder or its name on the hub; the demo's when left out.")] = None,
     num_speculative_tokens: Annotated[
         int | None, typer.Option("--num-speculative-tokens", "-k", min=1, help="Drafts; the adapter's when left out.")
     ] = None,
@@ -118,7 +132,7 @@ def doctor(
         run(
             DoctorOptions(
                 model=model or str(files.BASE),
-                adapter=adapter or str(files.ADAPTER),
+                adapter=_folder(adapter or files.ADAPTER),
                 num_speculative_tokens=num_speculative_tokens,
                 layout=layout,
                 json_file=json_file,
@@ -133,8 +147,8 @@ app.command(epilog=train.EPILOG)(train.train)
 
 @app.command("eval", epilog=eval_command.EPILOG)
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    base: Annotated[Path, typer.Option(help="Folder of the base model, with its tokenizer.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="Adapter: a folder or its name on the hub.")],
+    base: Annotated[Path, typer.Option(help="Base model, with its tokenizer, likewise.", show_default=False)],
     data: Annotated[
         list[Path],
         typer.Option(
@@ -164,8 +178,8 @@ def evaluate(
     raise typer.Exit(
         run(
             EvalOptions(
-                adapter=adapter,
-                base=base,
+                adapter=Path(_folder(adapter)),
+                base=Path(_folder(base)),
                 data=tuple(data),
                 budgets=tuple(sorted({*(num_speculative_tokens or ())})),
                 layouts=layouts,

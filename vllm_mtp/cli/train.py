@@ -15,7 +15,7 @@ from vllm_mtp.train.config import LossWeights, TrainConfig
 
 EPILOG = """Examples:
 
-    vllm-mtp train --base Qwen3-8B/ --data chats.jsonl --output runs/qwen --steps 20000
+    vllm-mtp train --base Qwen/Qwen3-8B --data chats.jsonl --output runs/qwen --steps 20000
 
     vllm-mtp train --base model/ --data src/ --prompts held_out.jsonl --output runs/code --mask-tokens 4 --rank 64
 
@@ -49,6 +49,7 @@ def train(context: typer.Context, config: Path | None, **_: Any) -> None:
         if first["type"] == "extra_forbidden":
             _fail(f"--config {config} has an option that there is not: {'.'.join(map(str, first['loc']))}.")
         _fail(f"{_flag(first['loc'])}{first['msg']}".replace("Value error, ", ""))
+    checked = _local(checked)
     if not (checked.base / "config.json").is_file():
         _fail(f"--base {checked.base} is not a model folder: it has no config.json.")
     try:
@@ -61,6 +62,21 @@ def train(context: typer.Context, config: Path | None, **_: Any) -> None:
         _fail(str(error).splitlines()[0])
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"{'model' if checked.tuning == 'full' else 'adapter'} written to {folder}")
+
+
+def _local(config: TrainConfig) -> TrainConfig:
+    """The options with folders where they have names on the hub; the adapter goes on naming the base by its own."""
+    from vllm_mtp import hub
+    from vllm_mtp.safe_files import AdapterError
+
+    try:
+        folders = {"base": hub.local(config.base)}
+        if config.init_adapter is not None:
+            folders["init_adapter"] = hub.local(config.init_adapter)
+    except AdapterError as error:
+        _fail(str(error))
+    name = config.base_name or (str(config.base).partition("@")[0] if folders["base"] != config.base else None)
+    return config.model_copy(update={**folders, "base_name": name})
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -39,9 +39,9 @@ class TrainConfig(StrictModel):
     """Options of `vllm-mtp train`."""
 
     base: Path
-    """Folder of the base model, with its tokenizer."""
+    """The base model, with its tokenizer: a folder or its name on the hub."""
     base_name: str | None = None
-    """How users find the base, as the adapter names it; the folder's path by default."""
+    """How users find the base, as the adapter names it; its name on the hub or the folder's path by default."""
     data: tuple[Path, ...] = Field(min_length=1)
     """Text files, .jsonl files with {"messages": [..]} or {"text": ..} in each line, saved datasets, or folders of text;
     repeatable."""
@@ -112,7 +112,7 @@ class TrainConfig(StrictModel):
     """What continues the prompts; auto: vLLM where it is installed."""
 
     init_adapter: Path | None = None
-    """Start from this adapter of the same shape instead of from nothing."""
+    """Start from this adapter of the same shape, a folder or its name on the hub, instead of from nothing."""
 
     bf16: bool = True
     """Compute in bfloat16; trained weights stay in float32."""
