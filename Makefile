@@ -32,7 +32,6 @@ compat: $(TOOLS)
 
 # The site, without a network: links and references that lead nowhere are errors.
 docs: $(TOOLS)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[docs]"
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs build/docs
 

@@ -4,6 +4,8 @@ import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -198,3 +200,10 @@ def test_anything_an_error_fills_in_is_left_open() -> None:
     (call,) = (node.value for node in ast.parse("f(f'{a}: b is {c!r}, ' f'd')").body if isinstance(node, ast.Expr))
     assert isinstance(call, ast.Call)
     assert template(call.args[0]) == "...: b is ..., d"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-b", "html", str(DOCS), str(tmp_path)]
+    found = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "index.html").exists()
