@@ -46,7 +46,7 @@ inline Sums no_sums() { return _mm512_setzero_ps(); }
 
 // sums += x w for one pair of inputs; w [V] point to the weights of that pair.
 template <int M, int V>
-inline void add(Sums (&sums)[M][V], const Half* const (&w)[V], const Input* x, int64_t x_stride) {
+[[gnu::always_inline]] inline void add(Sums (&sums)[M][V], const Half* const (&w)[V], const Input* x, int64_t x_stride) {
   __m512bh weights[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(w[v]);
@@ -85,7 +85,7 @@ typedef float Input;
 inline Sums no_sums() { return _mm256_setzero_ps(); }
 
 template <int M, int V>
-inline void add(Sums (&sums)[M][V], const Half* const (&w)[V], const Input* x, int64_t x_stride) {
+[[gnu::always_inline]] inline void add(Sums (&sums)[M][V], const Half* const (&w)[V], const Input* x, int64_t x_stride) {
   // The weights of one vector or two at a time: sums, these and one x are what the registers hold.
   constexpr int kTogether = M * V > 10 ? 1 : 2;
 #pragma GCC unroll 8
@@ -162,7 +162,7 @@ struct Factor {
 
 // sums [M][V] += x w, of V vectors of columns that begin where `panels` points to.
 template <int M, int V>
-inline void multiply(Sums (&sums)[M][V], const Factor& f) {
+[[gnu::always_inline]] inline void multiply(Sums (&sums)[M][V], const Factor& f) {
   const int64_t panel = f.pairs * 2 * kColumns;
   for (int64_t pair = 0; pair < f.pairs; ++pair) {
     const Half* w[V];
