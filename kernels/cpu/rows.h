@@ -2,6 +2,9 @@
 #pragma once
 
 #include <c10/util/BFloat16.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -52,6 +55,18 @@ inline Vec exp_of(Vec x) {
   return p * (Vec)((n + 127) << 23);
 }
 
+// sum + x w, rounded once. Left to the compiler it is rounded once or twice, by what it thinks of chains of such sums, and a row's sum
+// would depend on how many rows there are (GCC: avoid-fma-max-bits, for AMD's processors).
+inline Vec add_product(Vec sum, float x, Vec w) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps(_mm512_set1_ps(x), (__m512)w, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps(_mm256_set1_ps(x), (__m256)w, (__m256)sum);
+#else
+  return sum + x * w;
+#endif
+}
+
 inline float sum_of(Vec v) {
   float sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
@@ -73,7 +88,7 @@ inline void tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride,
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[m][v] += x[m * x_stride + k] * row[v];
+      for (int v = 0; v < V; ++v) sum[m][v] = add_product(sum[m][v], x[m * x_stride + k], row[v]);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)

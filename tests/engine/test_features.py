@@ -385,12 +385,6 @@ def test_lora_adapters_on_the_v2_runner_are_refused(monkeypatch: pytest.MonkeyPa
         engine_config(enable_lora=True)
 
 
-def test_acceptance_by_confidence_on_the_v2_runner_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "runs_on_v2", lambda: True)
-    with pytest.raises(ConfigurationError, match=r"acceptance by confidence is not supported .* VLLM_USE_V2_MODEL_RUNNER=0"):
-        engine_config(speculative_config={**OURS, "acceptance": "confidence"})
-
-
 class Unchanged:
     """A logits processor."""
 
