@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not cpu.has_linear():
-        parser.error("this processor has neither AVX-512 BF16 nor AVX2")
+        parser.error("this processor has neither AVX-512 nor AVX2")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 

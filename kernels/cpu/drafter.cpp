@@ -169,7 +169,7 @@ std::tuple<at::Tensor, at::Tensor> draft_cpu(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&, double, bool, int64_t, int64_t) {
-  TORCH_CHECK(false, "this processor has neither AVX-512 BF16 nor AVX2");
+  TORCH_CHECK(false, "this processor has neither AVX-512 nor AVX2");
 }
 
 #endif

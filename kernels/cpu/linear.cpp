@@ -51,13 +51,13 @@ bool has_linear() { return true; }
 #else
 
 at::Tensor linear_cpu(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t) {
-  TORCH_CHECK(false, "this processor has neither AVX-512 BF16 nor AVX2");
+  TORCH_CHECK(false, "this processor has neither AVX-512 nor AVX2");
 }
 
 at::Tensor gated_linear_cpu(
     const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&) {
-  TORCH_CHECK(false, "this processor has neither AVX-512 BF16 nor AVX2");
+  TORCH_CHECK(false, "this processor has neither AVX-512 nor AVX2");
 }
 
 bool has_linear() { return false; }

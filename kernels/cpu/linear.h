@@ -3,11 +3,11 @@
 // At decode sizes such a product is bound by streaming W, so it is read once for all rows, and ahead of its use. Every element of y is
 // one sum in the order of k, whatever the number of rows: a row does not feel its neighbours.
 //
-// For processors with AVX-512 BF16, which multiply pairs of bfloat16, and for those with AVX2 and no AVX-512, which multiply in float32:
-// on the latter oneDNN has no product of bfloat16, and torch's own takes three times as long for one row, five times for sixteen.
+// For processors with AVX-512 BF16, which multiply pairs of bfloat16, and for those with AVX-512 or AVX2 alone, which multiply in float32:
+// with AVX2 alone oneDNN has no product of bfloat16, and torch's own takes three times as long for one row, five times for sixteen.
 #pragma once
 
-#if defined(__AVX512BF16__) || (defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__))
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #define VLLM_MTP_LINEAR
 
 #include <ATen/Parallel.h>
@@ -19,6 +19,8 @@
 #include <cstring>
 #include <iterator>
 #include <vector>
+
+#include "rows.h"
 
 namespace vllm_mtp {
 namespace {
@@ -76,77 +78,79 @@ inline const Input* readable(const Half* x, int64_t x_stride, int64_t M, int64_t
 
 #else
 
-constexpr int kWide = 8;
+constexpr int kWide = kLanes;
+#ifdef __AVX512F__
+constexpr Tile kTiles[] = {{5, 4}, {12, 2}};
+constexpr int kMostSums = 24;  // with the weights of two vectors beside them, and what they are multiplied by
+#else
 constexpr Tile kTiles[] = {{1, 8}, {3, 4}, {5, 2}};
+constexpr int kMostSums = 10;
+#endif
 constexpr int64_t kRowsOfABlock = 48;
-typedef __m256 Sums;
+typedef Vec Sums;
 typedef float Input;
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-inline Sums no_sums() { return _mm256_setzero_ps(); }
+inline Sums no_sums() { return Sums{}; }
 
 template <int M, int V>
 [[gnu::always_inline]] inline void add(Sums (&sums)[M][V], const Half* const (&w)[V], const Input* x, int64_t x_stride) {
   // The weights of one vector or two at a time: sums, these and one x are what the registers hold.
-  constexpr int kTogether = M * V > 10 ? 1 : 2;
+  constexpr int kTogether = M * V > kMostSums ? 1 : 2;
 #pragma GCC unroll 8
   for (int first = 0; first < V; first += kTogether) {
-    __m256 even[kTogether], odd[kTogether];
+    Vec even[kTogether], odd[kTogether];
 #pragma GCC unroll 2
     for (int v = 0; v < kTogether; ++v) {
-      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[first + v]));
-      even[v] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-      odd[v] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
+      Bits both;
+      std::memcpy(&both, w[first + v], sizeof both);
+      even[v] = (Vec)(both << 16);
+      odd[v] = (Vec)(both & 0xffff0000);
     }
-#pragma GCC unroll 5
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const __m256 x_even = _mm256_broadcast_ss(x + m * x_stride), x_odd = _mm256_broadcast_ss(x + m * x_stride + 1);
+      const float x_even = x[m * x_stride], x_odd = x[m * x_stride + 1];
 #pragma GCC unroll 2
-      for (int v = 0; v < kTogether; ++v) sums[m][first + v] = _mm256_fmadd_ps(even[v], x_even, sums[m][first + v]);
+      for (int v = 0; v < kTogether; ++v) sums[m][first + v] = add_product(sums[m][first + v], x_even, even[v]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kTogether; ++v) sums[m][first + v] = _mm256_fmadd_ps(odd[v], x_odd, sums[m][first + v]);
+      for (int v = 0; v < kTogether; ++v) sums[m][first + v] = add_product(sums[m][first + v], x_odd, odd[v]);
     }
   }
 }
 
-inline __m256 widened(const Half* x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))), 16));
-}
-
 // To the nearest bfloat16, the even one of two; what is not a number stays none.
-inline __m128i rounded(__m256 x) {
-  const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
-  const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(high, _mm256_set1_epi32(1)));
-  const __m256i near = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16), nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-  const __m256i all = _mm256_blendv_epi8(near, nan, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
-  return _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+inline Bits rounded(Vec x) {
+  const Bits bits = (Bits)x, high = bits >> 16;
+  return x == x ? (bits + (high & 1) + 0x7fff) >> 16 : high | 0x40;
 }
 
 inline void put(Sums sums, const Half* bias, int64_t columns, Half* y) {
   const size_t size = std::min<int64_t>(kWide, columns) * sizeof(Half);
-  Half some[kWide] = {};
   if (bias) {
+    c10::BFloat16 some[kWide] = {};
     std::memcpy(some, bias, size);
-    sums = _mm256_add_ps(sums, widened(some));
+    sums += load(some);
   }
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(some), rounded(sums));
-  std::memcpy(y, some, size);
+  typedef Half Halves __attribute__((vector_size(kLanes * sizeof(Half))));
+  const Halves halves = __builtin_convertvector(rounded(sums), Halves);
+  std::memcpy(y, &halves, size);
 }
 
-// Rows [M, n] in the form that products read: in float32, in `store`.
-inline const Input* readable(const Half* x, int64_t x_stride, int64_t M, int64_t n, std::vector<Input>& store, int64_t& stride) {
-  if (static_cast<int64_t>(store.size()) < M * n) store.resize(M * n);
+// Rows [M, n] in the form that products read: in float32, in `room`.
+inline const Input* readable(const Half* x, int64_t x_stride, int64_t M, int64_t n, std::vector<Input>& room, int64_t& stride) {
+  if (static_cast<int64_t>(room.size()) < M * n) room.resize(M * n);
   for (int64_t m = 0; m < M; ++m) {
     const Half* from = x + m * x_stride;
-    float* to = store.data() + m * n;
+    float* to = room.data() + m * n;
     int64_t i = 0;
-    for (; i + kWide <= n; i += kWide) _mm256_storeu_ps(to + i, widened(from + i));
+    for (; i + kWide <= n; i += kWide) store(to + i, load(reinterpret_cast<const c10::BFloat16*>(from + i)));
     for (; i < n; ++i) {
       const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
       std::memcpy(to + i, &bits, sizeof bits);
     }
   }
   stride = n;
-  return store.data();
+  return room.data();
 }
 
 #endif

@@ -14,7 +14,7 @@ from vllm_mtp.cpu_linear import PanelLinear
 from .conftest import Engine, Engines, speculative
 from .feature_models import retrained_base
 
-pytestmark = [pytest.mark.engine, pytest.mark.skipif(not has_linear(), reason="the processor has neither AVX-512 BF16 nor AVX2")]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not has_linear(), reason="the processor has neither AVX-512 nor AVX2")]
 PROMPTS = demo.prompts()[:8]
 BFLOAT16: dict[str, Any] = {"dtype": "bfloat16"}
 

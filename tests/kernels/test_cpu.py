@@ -59,7 +59,7 @@ def test_gated_lora(
     assert ((y.double() - wanted).abs() <= TOLERANCE[dtype] * scale).all()
 
 
-@pytest.mark.skipif(not cpu.has_linear(), reason="the processor has neither AVX-512 BF16 nor AVX2")
+@pytest.mark.skipif(not cpu.has_linear(), reason="the processor has neither AVX-512 nor AVX2")
 @settings(max_examples=40, deadline=None)
 @given(
     real=st.integers(0, 14),
@@ -95,7 +95,7 @@ def test_linear(real: int, masks: int, inputs: int, sizes: list[int], rank: int,
     assert all(torch.equal(plain[i : i + 1], ops.linear_cpu(x[i : i + 1], w, bias, firsts[-1])) for i in range(real))
 
 
-@pytest.mark.skipif(not cpu.has_linear(), reason="the processor has neither AVX-512 BF16 nor AVX2")
+@pytest.mark.skipif(not cpu.has_linear(), reason="the processor has neither AVX-512 nor AVX2")
 @settings(max_examples=40, deadline=None)
 @given(
     requests=st.integers(1, 5),

@@ -96,7 +96,7 @@ def test_ranks_together_compute_what_one_alone_does(
     compare(num_ranks, kv_heads, with_lora, torch.float32, monkeypatch)
 
 
-@pytest.mark.skipif(not has_linear(), reason="the processor has neither AVX-512 BF16 nor AVX2")
+@pytest.mark.skipif(not has_linear(), reason="the processor has neither AVX-512 nor AVX2")
 @RANKS
 def test_ranks_with_weights_in_panels(num_ranks: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = VllmConfig(additional_config={"mtp": {"adapter": ""}})
