@@ -3,7 +3,7 @@
     python -m benchmarks.cpu_linear --json cpu_linear.json
 
 Milliseconds for all sixteen layers in a row, so that the weights (23 MB) come from where they lie between steps; medians, the two
-in turns. On processors with AVX-512 BF16, or with AVX2 and no AVX-512.
+in turns. On processors with AVX-512 or AVX2.
 """
 
 import argparse

@@ -359,6 +359,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "hooks.md": {"hooks": hooks, "contract": relied_on},
     "benchmark.md": {
         "linear layers": linear_layers,
+        "speed with AVX-512": lambda: speed("demo_avx512.json"),
         "speed with AVX2": lambda: speed("demo_avx2.json"),
         "load": load_by_clients,
         "ramp": load_over_the_ramp,

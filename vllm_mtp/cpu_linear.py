@@ -1,10 +1,10 @@
 """Linear layers on a CPU.
 
-In bfloat16 on processors with AVX-512 BF16, or with AVX2 and no AVX-512, those of the served model run on a kernel of ours
-(kernels/cpu/linear.cpp), in steps with mask rows and without: it reads the weights once for all rows of a step and adds the
-low-rank update of mask rows in passing, which is what makes rows cheap. With AVX-512 its sums are those of vLLM's kernels at one
-row; without, vLLM has torch's product alone, which takes three times as long, and as long again for each further row. Elsewhere
-layers stay vLLM's, and the update is a call of its own.
+In bfloat16 on processors with AVX-512 or AVX2 those of the served model run on a kernel of ours (kernels/cpu/linear.cpp), in steps
+with mask rows and without: it reads the weights once for all rows of a step and adds the low-rank update of mask rows in passing,
+which is what makes rows cheap. With AVX-512 BF16 its sums are those of vLLM's kernels at one row. Processors that multiply no
+bfloat16 do it in float32: there vLLM's products take four times as long (AVX-512), or five (AVX2). Elsewhere layers stay vLLM's,
+and the update is a call of its own.
 """
 
 from typing import Any

@@ -40,8 +40,8 @@ def load() -> None:
 
 
 def has_linear() -> bool:
-    """Whether `linear_cpu`, `gated_linear_cpu` and `draft_cpu` run on this processor: it has AVX-512 BF16, or AVX2 and no
-    AVX-512 (cpu/linear.h)."""
+    """Whether `linear_cpu`, `gated_linear_cpu` and `draft_cpu` run on this processor: it has AVX-512 or AVX2
+    (cpu/linear.h)."""
     load()
     return bool(torch.ops.vllm_mtp.has_linear_cpu())
 
