@@ -186,6 +186,8 @@ class LoadControl:
         self._trial: _Trial | None = None
         self._steps: list[tuple[int, int, int, float]] = []
         """Requests, tokens, rows and seconds of the steps of the running burst."""
+        self._without = 0
+        """Requests in them, counted in every step, that wanted no drafts."""
 
     def choose(self, num_requests: int) -> tuple[int, ...]:
         """The layout of a step with `num_requests` requests: without masks, or `SHAPED`."""
@@ -195,7 +197,7 @@ class LoadControl:
             self._start(num_requests)
         return self.running
 
-    def observe(self, tokens: Sequence[int], rows: int, seconds: float) -> None:
+    def observe(self, tokens: Sequence[int], rows: int, seconds: float, without: int = 0) -> None:
         """Takes in a step that only decoded.
 
         Steps with prompts in them, and those after an idle server, are not comparable and must not be given.
@@ -204,11 +206,15 @@ class LoadControl:
             tokens: that each request got.
             rows: of the step, mask rows among them.
             seconds: from the end of the step before to its own.
+            without: requests that wanted no drafts. They say nothing of what drafts bring, and a step of them alone says nothing.
         """
+        if without == len(tokens):
+            return
         if self._settling:
             self._settling -= 1
             return
         self._steps.append((len(tokens), sum(tokens), rows, seconds))
+        self._without += without
         if len(self._steps) == self._length:
             self._finish()
             self._start(len(tokens))
@@ -262,7 +268,7 @@ class LoadControl:
                     if self._drafts:  # at the price itself there might be nothing to see
                         self.price *= BARGAIN
         self._settling = SETTLE if self._drafts != before else 0
-        self._steps = []
+        self._steps, self._without = [], 0
 
     def _finish(self) -> None:
         """Learns from a burst.
@@ -278,7 +284,8 @@ class LoadControl:
         ratio, *of_halves = self.agree([self._ratio(steps) for steps in (self._steps, *halves)])
         bucket.bursts += 1
         if self._drafts:
-            gain = tokens / requests, rows / requests
+            without = self._without / count
+            gain = (tokens - without) / (requests - without), (rows - without) / (requests - without)
             share = NEW if bucket.shaped.tried else 1.0
             bucket.gain = tuple(old + share * (new - old) for old, new in zip(bucket.gain, gain, strict=True))  # type: ignore[assignment]
         if self._drafts != bucket.drafts:

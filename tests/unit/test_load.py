@@ -44,8 +44,8 @@ class Server:
             count += 1
         return count
 
-    def run(self, control: LoadControl | tuple[int, ...], requests: int, steps: int) -> tuple[int, float]:
-        """Tokens and seconds of `steps` steps, under load control or with one layout."""
+    def run(self, control: LoadControl | tuple[int, ...], requests: int, steps: int, without: int = 0) -> tuple[int, float]:
+        """Tokens and seconds of `steps` steps, under load control or with one layout; the first requests want no drafts."""
         tokens, seconds = 0, 0.0
         names, drafts = [str(i) for i in range(requests)], [list[float]() for _ in range(requests)]
         for _ in range(steps):
@@ -55,13 +55,14 @@ class Server:
                 shapes = self.shaper.shapes(list(zip(names, drafts, strict=True)), 1000)
             else:
                 shapes = tuple(tuple(max(lengths) if j == len(of) < K else lengths[j] for j in range(len(of) + 1)) for of in drafts)
+            shapes = ((0,),) * without + shapes[without:]
             accepted = [self.accepted(of) for of in drafts]
             for name, of, count in zip(names, drafts, accepted, strict=True):
                 self.shaper.observe(name, of, count)
             rows = requests + sum(map(len, drafts)) + sum(map(sum, shapes))
             cost = self.seconds(rows) * self.random.uniform(0.95, 1.1)
             if isinstance(control, LoadControl):
-                control.observe([1 + count for count in accepted], rows, cost)
+                control.observe([1 + count for count in accepted], rows, cost, without if lengths == SHAPED else 0)
             drafts = [[self.chance() for _ in range(shape[count])] for shape, count in zip(shapes, accepted, strict=True)]
             if lengths == SHAPED:
                 drafts = [of[: self.shaper.worth_verifying(name, of)] for name, of in zip(names, drafts, strict=True)]
@@ -165,6 +166,18 @@ def test_it_comes_back_when_drafts_become_worth_their_rows_again() -> None:
     server.acceptance = 0.9
     server.run(control, 1, 20_000)
     assert control.best(1) == SHAPED
+
+
+@pytest.mark.parametrize("requests", [1, 4])
+def test_requests_that_want_no_drafts_say_nothing_of_what_drafts_bring(requests: int) -> None:
+    server, control = Server(0.01, 0.8), LoadControl(K)
+    server.run(control, requests, 1000)
+    assert control.best(requests) == SHAPED
+    for without in range(requests, 0, -1):
+        server.run(control, requests, 1000, without)
+    assert control.best(requests) == SHAPED
+    drafting = rate(server, control, requests, 100)
+    assert drafting > 1.5 * rate(Server(0.01, 0.8), PLAIN, requests, 1000)
 
 
 def test_a_row_is_dearer_in_a_larger_batch() -> None:

@@ -44,6 +44,8 @@ class MaskTokenProposer(MaskTokenTarget):
         self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
         self.verified: list[int] = []
         """Drafts that each request of the running step verifies."""
+        self.without_drafts = 0
+        """Requests of the running step that asked for none."""
         self.drafted: dict[str, Drafted] = {}
         self.confident: ConfidentDrafts | None = None
 
@@ -81,7 +83,7 @@ class MaskTokenProposer(MaskTokenTarget):
         lengths = self._lengths(num_requests)
         self.planner.counters.stepped(lengths)
         rows = np.diff(self.runner.query_start_loc.np[: num_requests + 1])
-        self.verified, self.num_rows = (rows - 1).tolist(), int(rows.sum())
+        self.verified, self.num_rows, self.without_drafts = (rows - 1).tolist(), int(rows.sum()), 0
         if lengths == self.control.plain:
             return None
         request_len = batch.num_computed_tokens_cpu[:num_requests] + rows
@@ -91,7 +93,8 @@ class MaskTokenProposer(MaskTokenTarget):
         self.max_lens = [self._max_len(request) for request in batch.req_ids]
         drafts[known + 1 >= self.max_lens] = -1  # the token sampled next is the last one
         most_drafts = [self._most_drafts(request) for request in batch.req_ids]
-        if 0 in most_drafts:
+        self.without_drafts = most_drafts.count(0)
+        if self.without_drafts:
             drafts[np.equal(most_drafts, 0)] = -1
         of_drafts = tuple(drafts.tolist())
         shapes = self._shapes(batch.req_ids, of_drafts) if lengths == SHAPED else shapes_of(lengths, of_drafts)
@@ -169,7 +172,7 @@ class MaskTokenProposer(MaskTokenTarget):
         if running == requests:
             states = self.expansion.last
             rows = self.num_rows + (0 if states is None else states.groups.num_rows)
-            self.control.observe([len(tokens) for tokens in sampled_token_ids], rows, now - before)
+            self.control.observe([len(tokens) for tokens in sampled_token_ids], rows, now - before, self.without_drafts)
 
     def _count(self, sampled_token_ids: list[list[int]]) -> None:
         """Counts what became of the step's drafts."""
