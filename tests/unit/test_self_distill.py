@@ -102,6 +102,8 @@ CASES = {
         {"targets": "distribution", "loss": {"sampler_head": 2.0, "consistency": 3.0, "position_decay": 0.7}},
         4,
     ),
+    "gated, little memory": ("lora", {"gradient_checkpointing": True, "logit_rows": 5}, 4),
+    "full, little memory": ("full", {"gradient_checkpointing": True, "logit_rows": 5}, 4),
     "full, hard": ("full", {}, 5),
     "full, soft": ("full", {"targets": "distribution"}, 4),
     "full, with consistency": ("full", {"loss": {"consistency": 0.5}}, 3),

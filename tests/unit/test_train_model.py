@@ -71,6 +71,8 @@ CASES = {
     "text": {"targets": "text"},
     "without a sampler head": {"sampler": False},
     "the paper's sampler head": {"sampler_residual": False},
+    "little memory": {"gradient_checkpointing": True, "logit_rows": 7},
+    "little memory, text": {"targets": "text", "gradient_checkpointing": True, "logit_rows": 7},
     "unequal weights": {"loss": {"plain_head": 0.5, "sampler_head": 2.0, "consistency": 3.0, "position_decay": 0.7}},
 }
 PACKED = {
@@ -105,6 +107,23 @@ def test_packed_loss_and_gradients_are_those_of_separate_forwards(case: str, pac
         torch.testing.assert_close(
             packed_gradient, naive_gradient, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_what_would_take_memory_is_computed_again() -> None:
+    """No more rows' logits at a time than asked for, and layers run a second time in the backward pass."""
+    config = tiny_config(gradient_checkpointing=True, logit_rows=7)
+    model, rows, runs = tiny_masked_model(config, tiny_base()), [], 0
+    def ran(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    model.unembed.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    model.student.get_base_model().get_decoder().layers[0].mlp.register_forward_pre_hook(ran)
+    loss = model(**batch([20, 20]))["loss"]
+    forward = runs, len(rows)
+    loss.backward()
+    assert max(rows) == 7
+    assert (runs, len(rows)) == (2 * forward[0], 2 * forward[1]) == (2, 2 * forward[1])
 
 
 def test_real_rows_are_bit_identical_to_the_base_and_mask_rows_are_not() -> None:

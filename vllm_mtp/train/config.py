@@ -116,6 +116,10 @@ class TrainConfig(StrictModel):
 
     bf16: bool = True
     """Compute in bfloat16; trained weights stay in float32."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping what is in them: a third slower, in much less memory."""
+    logit_rows: Positive = 8192
+    """Rows whose logits exist at a time; where a step has more, they are computed again in the backward pass."""
     compile: bool = False
     """torch.compile: minutes to start, then a third faster."""
     seed: int = 0

@@ -1,10 +1,12 @@
 """The loss of mask rows: plain head and sampler head against the base's own prediction (or the text), and consistency of states."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vllm_mtp.train.config import TrainConfig
 
@@ -58,25 +60,35 @@ def masked_losses(
     weight = config.loss.position_decay ** torch.arange(K, device=z.device) * counts
     weight = weight / _mean_over_processes(weight.sum())
 
-    if config.targets == "distribution":
-        target = predict(teacher).float().softmax(-1)
-        # What makes a KL divergence of the cross-entropy; gradients are the same.
-        entropy = torch.special.entr(target).sum(-1) if config.recipe == "self-distill" else 0
-    elif config.targets == "argmax":
-        labels = predict(teacher).argmax(-1)
-
-    def cross_entropy(states: torch.Tensor) -> torch.Tensor:
-        logits = unembed(states).float()
+    def cross_entropies(
+        labels: torch.Tensor | None, weight: torch.Tensor, teacher: torch.Tensor, *heads: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Of some rows [n], for each head."""
         if config.targets == "distribution":
-            rows = logits.logsumexp(-1) - (target * logits).sum(-1) - entropy
-        else:
-            assert labels is not None
-            rows = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
-        return (weight * rows).sum()
+            target = predict(teacher).float().softmax(-1)
+            # What makes a KL divergence of the cross-entropy; gradients are the same.
+            entropy = torch.special.entr(target).sum(-1) if config.recipe == "self-distill" else 0
+        elif config.targets == "argmax":
+            labels = predict(teacher).argmax(-1)
+        sums = []
+        for states in heads:
+            logits = unembed(states).float()
+            if config.targets == "distribution":
+                rows = logits.logsumexp(-1) - (target * logits).sum(-1) - entropy
+            else:
+                assert labels is not None
+                rows = F.cross_entropy(logits, labels, reduction="none")
+            sums.append((weight * rows).sum())
+        return sums
 
-    terms = {"plain": cross_entropy(z), "consistency": (weight * (teacher.float() - z.float()).pow(2).mean(-1)).sum()}
+    heads = {"plain": z} if sampled is None else {"plain": z, "sampler": sampled}
+    pieces = list(zip(*(part.flatten(0, 2).split(config.logit_rows) for part in (weight, teacher, *heads.values())), strict=True))
+    some_labels = [None] * len(pieces) if labels is None else labels.flatten().split(config.logit_rows)
+    sums_of = cross_entropies if len(pieces) == 1 else partial(checkpoint, cross_entropies, use_reentrant=False)
+    sums = [sums_of(of_piece, *piece) for of_piece, piece in zip(some_labels, pieces, strict=True)]
+    terms = {name: torch.stack(of_head).sum() for name, of_head in zip(heads, zip(*sums, strict=True), strict=True)}
+    terms["consistency"] = (weight * (teacher.float() - z.float()).pow(2).mean(-1)).sum()
     loss = config.loss.plain_head * terms["plain"] + config.loss.consistency * terms["consistency"]
     if sampled is not None:
-        terms["sampler"] = cross_entropy(sampled)
         loss = loss + config.loss.sampler_head * terms["sampler"]
     return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}

@@ -8,12 +8,16 @@ construction, n prefixes cost one forward of real rows, and the backward pass to
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Self
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_mtp.causal_lm import attend_as_defined, check_layers, linears, unembedding
 from vllm_mtp.sampler_head import SamplerHead
@@ -35,16 +39,46 @@ def with_group_attention(model: PreTrainedModel) -> PreTrainedModel:
     return groups
 
 
-def read(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
+def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, of whose layers the backward pass keeps what enters them and computes the rest again.
+
+    Not transformers' own switch, which takes the cache away that mask rows read.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model
+
+
+class _Real(DynamicLayer):
+    """Keys and values of all real rows, also when they are computed again."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+
+class _Behind(DynamicLayer):
+    """What rows behind the real ones read: those and their own, which are not kept."""
+
+    def __init__(self, real: DynamicLayer) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = real.keys, real.values, True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+def read(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, Cache]:
     """Final-norm states of real rows [B, T, d], and the keys and values that rows behind them read."""
     # A cache of its own choosing would drop what is outside of a sliding window, which earlier groups still see.
-    out = model.get_decoder()(input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
-    return out.last_hidden_state, out.past_key_values
+    cache = Cache(layer_class_to_replicate=_Real)
+    return model.get_decoder()(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state, cache
 
 
-def read_groups(
-    model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tensor, cache: DynamicCache, num_real: int
-) -> torch.Tensor:
+def read_groups(model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tensor, cache: Cache, num_real: int) -> torch.Tensor:
     """Final-norm states of groups' rows [B, G, K, d].
 
     Args:
@@ -62,10 +96,9 @@ def read_groups(
         inputs_embeds=rows.flatten(1, 2),
         position_ids=positions.flatten(1),
         attention_mask=bias[:, None],
-        past_key_values=cache,
+        past_key_values=Cache([_Behind(cast("DynamicLayer", layer)) for layer in cache.layers]),
         use_cache=True,
     )
-    cache.crop(-G * K)
     return out.last_hidden_state.view(B, G, K, -1)
 
 
@@ -113,11 +146,11 @@ class TrainedModel(Trained, ABC):
     sampler: SamplerHead | None
 
     @abstractmethod
-    def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
+    def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, Cache]:
         """What `read` gives of real rows, with gradients where they are trained."""
 
     @abstractmethod
-    def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: DynamicCache, real: torch.Tensor) -> torch.Tensor:
+    def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: Cache, real: torch.Tensor) -> torch.Tensor:
         """Final-norm states of so many mask rows of each group [B, G, num_masks, d].
 
         Args:
@@ -156,6 +189,8 @@ class MaskedModel(TrainedModel):
         self.options = config
         self.base = base.requires_grad_(False).eval()
         student = with_group_attention(base)
+        if config.gradient_checkpointing:
+            checkpointed(student)
         lora = LoraConfig(
             r=config.rank, lora_alpha=config.alpha or 2 * config.rank, target_modules=list(linears(student)), task_type="CAUSAL_LM"
         )
@@ -172,11 +207,11 @@ class MaskedModel(TrainedModel):
         """Name -> tensor of everything that training owns, frozen mask embeddings included."""
         return {**super().trainable(), "mask_embeddings": self.mask_embeddings.detach()}
 
-    def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
+    def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, Cache]:
         with torch.no_grad():
             return read(self.base, input_ids)
 
-    def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: DynamicCache, real: torch.Tensor) -> torch.Tensor:
+    def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: Cache, real: torch.Tensor) -> torch.Tensor:
         rows = self.mask_embeddings[:num_masks].to(real.dtype).expand(*prefix_lengths.shape, -1, -1)
         return read_groups(self.student.get_base_model(), rows, prefix_lengths, cache, real.shape[1])
 

@@ -15,12 +15,12 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from vllm_mtp.causal_lm import attend_as_defined, check_layers, unembedding
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.losses import masked_losses, supervised
-from vllm_mtp.train.model import MaskedModel, TrainedModel, read, read_groups, with_group_attention
+from vllm_mtp.train.model import MaskedModel, TrainedModel, checkpointed, read, read_groups, with_group_attention
 
 EMBEDDING_ROWS = 64
 """A vocabulary that has no slot for the mask token grows to a multiple of this."""
@@ -137,8 +137,11 @@ class FullStudent(Student):
         attend_as_defined(base)
         self.options, self.mask_token_id, self.sampler = config, mask_token_id, None
         self.base = base.eval()
-        self.student = with_group_attention(base)
         self.teacher = copy.deepcopy(base).requires_grad_(False)
+        self.student = with_group_attention(base)
+        if config.gradient_checkpointing:
+            checkpointed(base)
+            checkpointed(self.student)
         self.reader = with_group_attention(self.teacher)
         self.embed, self.unembed = base.get_input_embeddings(), unembedding(base)
         self.teacher_embed, self.teacher_unembed = self.teacher.get_input_embeddings(), unembedding(self.teacher)
@@ -146,10 +149,10 @@ class FullStudent(Student):
         no_tokens = torch.tensor(sorted(unused), device=base.device)
         self.register_buffer("no_tokens", no_tokens, persistent=False)
 
-    def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
+    def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, Cache]:
         return read(self.base, input_ids)
 
-    def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: DynamicCache, real: torch.Tensor) -> torch.Tensor:
+    def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: Cache, real: torch.Tensor) -> torch.Tensor:
         tokens = prefix_lengths.new_full((*prefix_lengths.shape, num_masks), self.mask_token_id)
         return read_groups(self.student, self.embed(tokens).to(real.dtype), prefix_lengths, cache, real.shape[1])
 
