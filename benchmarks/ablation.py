@@ -7,7 +7,8 @@ head, and the consistency loss, which makes that paper's recipe. Then this train
 hard and soft. All learn from the demo's three domains; tokens per forward are counted on what the base writes after held-out
 prompts of each, in plain torch.
 
-Writes ablation.json and ablation.png anew after every run. Killed, the same command goes on where it was.
+Writes ablation.json and ablation.png anew after every run. Killed, the same command goes on where it was; runs that ablation.json
+holds of the same shape are not made again, wherever they were made.
 """
 
 import argparse
@@ -137,6 +138,22 @@ def result_of(config: TrainConfig, base: Path, texts: Callable[[], Texts], besid
     return figures
 
 
+def known_runs(file: Path, facts: dict[str, Any]) -> Runs:
+    """The runs of a file that this command wrote.
+
+    Raises:
+        ValueError: they were made with other `facts`.
+    """
+    if not file.exists():
+        return {}
+    kept = json.loads(file.read_text())
+    for name, value in facts.items():
+        if kept[name] != json.loads(json.dumps(value)):
+            raise ValueError(f"{file} holds runs with other {name}: give another folder, or the same {name}")
+    runs: Runs = kept["runs"]
+    return runs
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean and standard deviation, and the values of all seeds."""
     return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None, "seeds": list(values)}
@@ -248,9 +265,21 @@ def main() -> None:
     if not data.exists():
         with whole(data) as part:
             write_mixture(part, MIXTURE)
-    runs: Runs = {}
+    facts = {
+        "steps": options.steps,
+        "prompts": options.prompts,
+        "max_tokens": options.max_tokens,
+        "mixture": MIXTURE,
+        "shape": {**SHAPE, **options.options},
+    }
+    try:
+        runs = known_runs(results / "ablation.json", facts)
+    except ValueError as error:
+        parser.error(str(error))
     for seed in range(options.seeds):
         for variant in options.variants:
+            if str(seed) in runs.get(variant, {}):
+                continue
             folder = options.output / f"{variant}-{seed}"
             given = {**SHAPE, **({"groups": REGIONS} if VARIANTS[variant].get("recipe") else {}), **VARIANTS[variant]}
             common = {"base": options.base, "data": [data], "steps": options.steps, "warmup_steps": options.steps // 20}
@@ -265,18 +294,15 @@ def main() -> None:
             report = {
                 "command": sys.argv,
                 "machine": machine(),
-                "steps": options.steps,
-                "prompts": options.prompts,
-                "max_tokens": options.max_tokens,
-                "mixture": MIXTURE,
-                "shape": {**SHAPE, **options.options},
-                "variants": {name: VARIANTS[name] for name in options.variants},
+                **facts,
+                "variants": {name: VARIANTS[name] for name in runs},
                 "runs": runs,
                 "stages": stages,
                 "over the paper's recipe": found,
             }
             write_whole(results / "ablation.json", json.dumps(report, indent=1) + "\n")
             plot(stages, results / "ablation.png")
+    stages, found = summary(runs), gains(runs)
     budgets = [k for k in ("1", "2", "4", "8") if any(k in domains[AVERAGE]["all"] for domains in stages.values())]
     print(table(stages, budgets), table_of_gains(found, budgets), sep="\n\n")
 

@@ -27,6 +27,7 @@ from benchmarks.baselines.eagle import Eagle, Eagle3
 from benchmarks.baselines.medusa import Medusa
 from vllm_mtp.train.documents import DataError
 from vllm_mtp.train.on_policy import end_tokens
+from vllm_mtp.train.run import computes_in_bf16
 from vllm_mtp.train.trainer import MaskTrainer, last_checkpoint
 from vllm_mtp.whole_files import write_whole
 
@@ -100,7 +101,7 @@ def train(
     learning_rate: float | None = None,
     options: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
-    bf16: bool = True,
+    bf16: bool | None = None,
     compiled: bool = False,
     log_steps: int = 50,
     save_steps: int = 500,
@@ -117,7 +118,7 @@ def train(
         learning_rate: AdamW's highest.
         options: of the method's class.
         data_options: of the sequences: length, batch_size, on_policy, seed.
-        bf16: compute in bfloat16; trained weights stay in float32.
+        bf16: as of `TrainConfig`.
         compiled: torch.compile.
         log_steps, save_steps: as of `TrainConfig`.
 
@@ -127,7 +128,7 @@ def train(
     """
     if not any(vars(limits).values()):
         raise DataError("Training needs an end: give steps, tokens or minutes.")
-    options, cuda = dict(options or {}), torch.cuda.is_available()
+    options, cuda, bf16 = dict(options or {}), torch.cuda.is_available(), computes_in_bf16(bf16)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     if not cuda:

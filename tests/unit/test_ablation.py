@@ -1,8 +1,24 @@
 """The ablation's counting: stages take their figures from their variant, over the seeds that there are."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from benchmarks.ablation import AVERAGE, PAPERS, REGIONS, SHAPE, STAGES, VARIANTS, average, gains, summary, table, table_of_gains
+from benchmarks.ablation import (
+    AVERAGE,
+    PAPERS,
+    REGIONS,
+    SHAPE,
+    STAGES,
+    VARIANTS,
+    average,
+    gains,
+    known_runs,
+    summary,
+    table,
+    table_of_gains,
+)
 from vllm_mtp import demo
 from vllm_mtp.train.config import TrainConfig
 
@@ -55,3 +71,13 @@ def test_variants_are_options_of_training_at_one_rank_and_length(variant: str) -
     shape = {**SHAPE, **({"groups": REGIONS} if "recipe" in VARIANTS[variant] else {})}
     config = TrainConfig.model_validate({"base": "b", "data": "d", "output": "o", **shape, **VARIANTS[variant]})
     assert (config.rank, config.length, config.mask_tokens) == (SHAPE["rank"], SHAPE["length"], 8)
+
+
+def test_runs_are_gone_on_with_if_they_were_made_alike(tmp_path: Path) -> None:
+    file, runs = tmp_path / "ablation.json", {"plain": {"0": everywhere({"quadratic.plain.4": 2.0})}}
+    facts = {"steps": 600, "shape": {"betas": (0.9, 0.99)}}
+    assert known_runs(file, facts) == {}
+    file.write_text(json.dumps({**facts, "runs": runs}))
+    assert known_runs(file, facts) == runs
+    with pytest.raises(ValueError, match="other steps"):
+        known_runs(file, {**facts, "steps": 300})

@@ -113,6 +113,7 @@ def test_what_would_take_memory_is_computed_again() -> None:
     """No more rows' logits at a time than asked for, and layers run a second time in the backward pass."""
     config = tiny_config(gradient_checkpointing=True, logit_rows=7)
     model, rows, runs = tiny_masked_model(config, tiny_base()), [], 0
+
     def ran(*_: object) -> None:
         nonlocal runs
         runs += 1

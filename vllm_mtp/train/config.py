@@ -114,8 +114,9 @@ class TrainConfig(StrictModel):
     init_adapter: Path | None = None
     """Start from this adapter of the same shape, a folder or its name on the hub, instead of from nothing."""
 
-    bf16: bool = True
-    """Compute in bfloat16; trained weights stay in float32."""
+    bf16: bool | None = None
+    """Compute in bfloat16; trained weights stay in float32. None: on GPUs, and on CPUs that multiply it (AVX-512 BF16, AMX); others
+    take several times as long."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass instead of keeping what is in them: a third slower, in much less memory."""
     logit_rows: Positive = 8192

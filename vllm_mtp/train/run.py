@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(config.base)
     base = AutoModelForCausalLM.from_pretrained(
         config.base,
-        dtype=torch.bfloat16 if cuda and config.bf16 and config.tuning == "lora" else torch.float32,
+        dtype=torch.bfloat16 if cuda and computes_in_bf16(config.bf16) and config.tuning == "lora" else torch.float32,
     )
     base.to(processes.device)  # type: ignore[arg-type]
     model, ends = _model(base, tokenizer, config), end_tokens(tokenizer, base.generation_config)
@@ -100,6 +100,13 @@ def train(config: TrainConfig) -> Path:
     return folder
 
 
+def computes_in_bf16(asked: bool | None) -> bool:
+    """Whether training computes in bfloat16: as asked for, else where that is the faster way."""
+    if asked is not None:
+        return asked
+    return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def _model(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> MaskedModel | FullStudent:
     """What the recipe trains."""
     if config.recipe == "gated-lora":
@@ -126,7 +133,7 @@ def _trainer(
         output_dir=str(config.output),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size // num_processes,
-        bf16=config.bf16,
+        bf16=computes_in_bf16(config.bf16),
         use_cpu=not torch.cuda.is_available(),
         torch_compile=config.compile,
         max_grad_norm=config.max_grad_norm,
