@@ -48,8 +48,8 @@ def smallest(a: list[Counts], b: list[Counts]) -> float:
     return min(1.0, min(values) * len(values))
 
 
-# What is quick on this processor: plain vLLM has no fast product in bfloat16 where there is no instruction for it. A prompt is computed
-# once for all its samples.
+# What is quick on this processor: plain vLLM's product in bfloat16 is slow where there is no instruction for it. A prompt is
+# computed once for all its samples.
 DTYPE = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 OPTIONS: dict[str, Any] = {"max_num_seqs": 64, "dtype": DTYPE, "enable_prefix_caching": True, "block_size": 32}
 
