@@ -169,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=demo.BASE)
     parser.add_argument("--adapter", type=Path, default=demo.ADAPTER)
+    parser.add_argument("--mask-token-id", type=int, help="of a model that drafts for itself: --model and --adapter are its folder")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--plot", type=Path, help="PNG file")
     parser.add_argument("--domain", choices=demo.DOMAINS, default="code")
@@ -197,6 +198,7 @@ def main() -> None:
             "layout": options.layout,
             "acceptance": "confidence",
             "tau": 2,
+            **({} if options.mask_token_id is None else {"mask_token_id": options.mask_token_id}),
         },
     )
     proposer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
