@@ -33,30 +33,9 @@ from benchmarks.demo_model import arithmetic
 from vllm_mtp import demo
 from vllm_mtp.cli.engine_worker import generate
 from vllm_mtp.cli.measure import machine
-from vllm_mtp.outputs import Output, figures
+from vllm_mtp.outputs import Output, agreement, figures
 
 RULES = ("verified", "truncated")
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens before the first difference."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def agreement(outputs: Sequence[Output], greedy: Sequence[Output], unmatched: int) -> dict[str, float]:
-    """What is left of the greedy texts.
-
-    Args:
-        outputs, greedy: of the same prompts.
-        unmatched: tokens of `outputs` that are not the target's best for the text before them.
-    """
-    tokens = sum(len(output.tokens) for output in outputs)
-    return {
-        "same_outputs": sum(a.tokens == b.tokens for a, b in zip(outputs, greedy, strict=True)) / len(outputs),
-        "tokens_before_the_first_difference": sum(common_prefix(a.tokens, b.tokens) for a, b in zip(outputs, greedy, strict=True))
-        / tokens,
-        "best_tokens": 1 - unmatched / tokens,
-    }
 
 
 @contextmanager
@@ -104,7 +83,7 @@ def row(rule: str, tau: float | None, found: Run, greedy: Sequence[Output], answ
         "rule": rule,
         "tau": tau,
         "figures": figures(outputs),
-        "agreement": agreement(outputs, greedy, unmatched),
+        "agreement": {**agreement(outputs, greedy), "best_tokens": 1 - unmatched / sum(len(output.tokens) for output in outputs)},
         "tokens_per_second": sum(len(output.tokens) for output in outputs) / seconds,
     }
     if answers is not None:

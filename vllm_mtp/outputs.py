@@ -61,6 +61,22 @@ def novel(output: Output) -> Output:
     return Output(output.tokens[:length], steps, output.pieces[: len(steps)])
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens before the first difference."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def agreement(outputs: Sequence[Output], greedy: Sequence[Output]) -> dict[str, float]:
+    """What is left of the greedy texts of the same prompts: outputs that are the same, and the share of tokens that stand before an
+    output's first difference."""
+    pairs = [(output.tokens, wanted.tokens) for output, wanted in zip(outputs, greedy, strict=True)]
+    tokens = sum(len(output) for output, _ in pairs)
+    return {
+        "same_outputs": sum(output == wanted for output, wanted in pairs) / len(pairs),
+        "tokens_before_the_first_difference": sum(common_prefix(*pair) for pair in pairs) / tokens,
+    }
+
+
 def figures(outputs: Sequence[Output]) -> dict[str, Any]:
     """Figures of all outputs, of their novel beginnings, of those that loop and of those that do not."""
     parts = {

@@ -29,9 +29,12 @@ def test_figures_in_vllm_are_those_of_the_reference_decoder(tmp_path: Path) -> N
             48,
         ]
         words += ["-k", 4, "--layout", "quadratic", "--engine", engine, "--dtype", "float32", "--json", file]
+        if engine == "vllm":
+            words += ["--tau", 1.5, "--tau", 0.3, "--plot", tmp_path / "eval.png"]
         result = CliRunner().invoke(app, [str(word) for word in words])
         assert result.exit_code == 0, result.output
-        (row, *_) = json.loads(file.read_text())["domains"]["code"]
+        report = json.loads(file.read_text())
+        (row, *_) = report["domains"]["code"]
         assert (row["layout"], row["head"], row["k"]) == ("quadratic", "sampler", 4)
         reports.append(row["figures"])
     wanted, found = reports
@@ -39,3 +42,11 @@ def test_figures_in_vllm_are_those_of_the_reference_decoder(tmp_path: Path) -> N
     assert found["looping"]["outputs"] == wanted["looping"]["outputs"]
     assert found["all"]["acceptance_length"] == pytest.approx(wanted["all"]["acceptance_length"], rel=0.02)
     assert wanted["all"]["acceptance_length"] > 1.5
+    lossless, low, high = report["thresholds"]["code"]
+    assert [row["tau"] for row in (lossless, low, high)] == [None, 0.3, 1.5]
+    assert lossless["figures"]["all"] == high["figures"]["all"] == found["all"]
+    assert high["agreement"] == {"same_outputs": 1, "tokens_before_the_first_difference": 1}
+    assert low["figures"]["all"]["acceptance_length"] > 1.1 * lossless["figures"]["all"]["acceptance_length"]
+    assert low["agreement"]["same_outputs"] < 1
+    assert "Accepted by confidence" in " ".join(result.output.split())
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")

@@ -4,10 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from benchmarks.acceptance import table, without_sampler
-from benchmarks.confidence import agreement, common_prefix, truncating
+from benchmarks.confidence import truncating
 from vllm_mtp.adapter import read_adapter
 from vllm_mtp.confidence import Drafted
-from vllm_mtp.outputs import Output, acceptance_by_position, acceptance_length, figures, novel
+from vllm_mtp.outputs import Output, acceptance_by_position, acceptance_length, agreement, common_prefix, figures, novel
 
 
 def test_a_novel_beginning_is_cut_inside_the_forward_that_ends_it() -> None:
@@ -43,8 +43,8 @@ def test_without_sampler_leaves_the_rest_of_the_adapter_as_it_is(adapter_folder:
 def test_agreement_is_counted_up_to_the_first_difference() -> None:
     greedy = [Output([1, 2, 3, 4], [1, 3], ["", ""]), Output([5, 6], [1, 1], ["", ""])]
     other = [Output([1, 2, 9, 4], [1, 3], ["", ""]), Output([5, 6], [1, 1], ["", ""])]
-    assert agreement(greedy, greedy, 0) == {"same_outputs": 1, "tokens_before_the_first_difference": 1, "best_tokens": 1}
-    assert agreement(other, greedy, 1) == {"same_outputs": 0.5, "tokens_before_the_first_difference": 4 / 6, "best_tokens": 5 / 6}
+    assert agreement(greedy, greedy) == {"same_outputs": 1, "tokens_before_the_first_difference": 1}
+    assert agreement(other, greedy) == {"same_outputs": 0.5, "tokens_before_the_first_difference": 4 / 6}
     assert common_prefix([1, 2], [1, 2, 3]) == common_prefix([1, 2, 3], [1, 2]) == 2
 
 

@@ -81,5 +81,6 @@ def test_what_is_wrong_is_said_in_one_line(folder: Path, words: list[object], me
     assert message in line
 
 
-def test_an_unknown_layout_is_wrong_usage(folder: Path) -> None:
-    assert evaluate(folder, "--layout", "diagonal").exit_code == 2
+@pytest.mark.parametrize("words", [["--layout", "diagonal"], ["--tau", "0.9"], ["--engine", "vllm", "--tau", "-1"]])
+def test_wrong_usage_is_told_from_failure(folder: Path, words: list[str]) -> None:
+    assert evaluate(folder, *words).exit_code == 2

@@ -98,14 +98,15 @@ class EngineProcess:
         concurrency: int | list[int] = 1,
         temperature: float = 0.0,
         seed: int | None = None,
+        extra_args: dict[str, Any] | None = None,
     ) -> Generation:
         """Complete `prompts`, texts or tokens, at most `concurrency` at a time, each until end of text or `max_tokens`.
 
         With a list, prompt i starts when fewer than `concurrency[i]` are in flight.
 
-        With a temperature above 0, prompt i is sampled with seed `seed` + i.
+        With a temperature above 0, prompt i is sampled with seed `seed` + i. `extra_args` are those of vLLM's SamplingParams.
         """
-        sampling = {"temperature": temperature, "max_tokens": max_tokens}
+        sampling = {"temperature": temperature, "max_tokens": max_tokens, "extra_args": extra_args}
         self._send({"prompts": list(prompts), "concurrency": concurrency, "sampling": sampling, "seed": seed})
         message = self._receive()
         return Generation(message["seconds"], message["num_forwards"], [Output(**output) for output in message["outputs"]])

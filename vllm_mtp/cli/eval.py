@@ -14,7 +14,7 @@ from rich.console import Console
 from vllm_mtp.cli.engine import EngineError, EngineProcess
 from vllm_mtp.cli.measure import machine
 from vllm_mtp.cli.show import print_error, print_table
-from vllm_mtp.outputs import Output, figures
+from vllm_mtp.outputs import Output, agreement, figures
 from vllm_mtp.whole_files import whole, write_whole
 
 if TYPE_CHECKING:
@@ -29,11 +29,15 @@ EPILOG = """Examples:
 
     vllm-mtp eval runs/mine/adapter --base BASE_FOLDER --data held_out.jsonl --engine vllm -k 2 -k 4
 
+    vllm-mtp eval runs/mine/adapter --base BASE_FOLDER --data held_out.jsonl --engine vllm -k 8 --tau 0.7 --tau 0.9
+
 The reference decoder runs in float32 and needs the packages that training needs. In vLLM an engine starts for each layout and k.
 """
 MAX_DRAFTS = 8
 CONCURRENCY = 16
 AVERAGE = "average"
+LOSSLESS = 2.0
+"""A threshold that no probability reaches."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class EvalOptions:
     prompts: int
     prompt_tokens: int
     max_tokens: int
+    taus: tuple[float, ...]
     engine: str
     dtype: str
     json_file: Path | None
@@ -73,8 +78,14 @@ def run(options: EvalOptions) -> int:
         budgets = options.budgets or tuple(range(1, min(most, MAX_DRAFTS) + 1))
         if not 1 <= min(budgets) <= max(budgets) <= most:
             raise ValueError(f"-k is to be from 1 to {most}, the adapter's number of mask tokens.")
+
+        def tell(line: str) -> None:
+            say.print(line, markup=False, soft_wrap=True)
+
         measure = _in_vllm if options.engine == "vllm" else _in_reference
-        report = _report(options, measure(options, budgets, lambda line: say.print(line, markup=False, soft_wrap=True)))
+        report = _report(options, measure(options, budgets, tell))
+        if options.taus:
+            report["thresholds"] = _thresholds(options, max(budgets), tell)
         if options.json_file is not None:
             write_whole(options.json_file, json.dumps(report, indent=2) + "\n")
         if options.plot is not None:
@@ -131,10 +142,9 @@ def _in_reference(options: EvalOptions, budgets: Sequence[int], say: Callable[[s
     return rows
 
 
-def _in_vllm(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], None]) -> Rows:
+def _served_domains(options: EvalOptions) -> list[Domain]:
     from transformers import AutoTokenizer, GenerationConfig
 
-    from vllm_mtp.adapter import read_config
     from vllm_mtp.train.on_policy import end_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(options.base)
@@ -142,7 +152,13 @@ def _in_vllm(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], 
         settings = GenerationConfig.from_pretrained(options.base)
     except OSError:  # a base without
         settings = None
-    domains = _domains(options, tokenizer, end_tokens(tokenizer, settings))
+    return _domains(options, tokenizer, end_tokens(tokenizer, settings))
+
+
+def _in_vllm(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], None]) -> Rows:
+    from vllm_mtp.adapter import read_config
+
+    domains = _served_domains(options)
     head = "sampler" if read_config(options.adapter).sampler else "plain"
     rows: Rows = {domain.name: [] for domain in domains}
     folder = Path(tempfile.mkdtemp(prefix="vllm-mtp-eval-"))
@@ -157,6 +173,26 @@ def _in_vllm(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], 
     return rows
 
 
+def _thresholds(options: EvalOptions, k: int, say: Callable[[str], None]) -> Rows:
+    """Of each domain the rows `tau`, `k`, `figures` and `agreement`, the lossless one first, whose `tau` is None.
+
+    Drafts are accepted by confidence, quadratic; requests say from where on.
+    """
+    args = _engine_args(options, "quadratic", k)
+    args["speculative_config"] |= {"acceptance": "confidence", "tau": LOSSLESS}
+    log, rows = Path(tempfile.mkdtemp(prefix="vllm-mtp-eval-")) / "confidence.log", {}
+    say(f"vLLM, acceptance by confidence, k = {k}")
+    with EngineProcess(args, log) as engine:
+        engine.wait_until_ready()
+        for domain in _served_domains(options):
+            runs = {tau: _complete(engine, domain, options.max_tokens, tau) for tau in (None, *options.taus)}
+            rows[domain.name] = [
+                {"tau": tau, "k": k, "figures": figures(some), "agreement": agreement(some, runs[None])}
+                for tau, some in runs.items()
+            ]
+    return rows
+
+
 def _engine_args(options: EvalOptions, layout: str, k: int) -> dict[str, Any]:
     return {
         "model": str(options.base),
@@ -168,9 +204,9 @@ def _engine_args(options: EvalOptions, layout: str, k: int) -> dict[str, Any]:
     }
 
 
-def _complete(engine: EngineProcess, domain: Domain, max_tokens: int) -> list[Output]:
-    prompts = [prompt.tolist() for prompt in domain.prompts]
-    return engine.generate(prompts, max_tokens=max_tokens, concurrency=CONCURRENCY).outputs
+def _complete(engine: EngineProcess, domain: Domain, max_tokens: int, tau: float | None = None) -> list[Output]:
+    prompts, asked = [prompt.tolist() for prompt in domain.prompts], None if tau is None else {"mtp_tau": tau}
+    return engine.generate(prompts, max_tokens=max_tokens, concurrency=CONCURRENCY, extra_args=asked).outputs
 
 
 # -- reporting ---------------------------------------------------------------------------------------------------------
@@ -242,11 +278,25 @@ def print_report(out: Console, report: dict[str, Any]) -> None:
             ["", *(f"{i + 1}" for i in range(budgets[-1]))],
             [[domain, *(f"{share:.0%}" for share in positions(report, domain))] for domain in domains],
         )
+    if "thresholds" in report:
+        _print_thresholds(out, report["thresholds"])
     out.print(
         "The prompt's own forward is not counted. An output loops when some 8 tokens in a row occur three times in it, and is novel"
         " up to where 8 in a row occur for the second time.",
         soft_wrap=True,
     )
+
+
+def _print_thresholds(out: Console, thresholds: Rows) -> None:
+    rows = []
+    for domain, of_domain in thresholds.items():
+        for row in of_domain:
+            shares = [f"{share:.0%}" for share in row["agreement"].values()]
+            begin = [domain if row["tau"] is None else "", "lossless" if row["tau"] is None else f"{row['tau']:g}"]
+            rows.append([*begin, _cell(row["figures"]["all"]["acceptance_length"]), *shares])
+    k = next(iter(thresholds.values()))[0]["k"]
+    columns = ["", "tau", "tokens per forward", "same outputs", "tokens before the first difference"]
+    print_table(out, f"Accepted by confidence, quadratic, k = {k}, beside the lossless outputs", columns, rows)
 
 
 def _best(report: dict[str, Any]) -> tuple[str, str]:
@@ -267,8 +317,9 @@ def _plot(report: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     budgets, (_, head) = _budgets(report), _best(report)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    panels = 3 if "thresholds" in report else 2
+    figure = Figure(figsize=(5.5 * panels, 4.5), layout="constrained")
+    left, right, *last = figure.subplots(1, panels)
     for number, domain in enumerate(report["domains"]):
         for layout, style in (("quadratic", "-"), ("linear", "--")):
             if (layout, head) in _ways(report):
@@ -277,7 +328,16 @@ def _plot(report: dict[str, Any], file: Path) -> None:
         right.plot(range(1, budgets[-1] + 1), positions(report, domain), color=f"C{number}", marker="o", markersize=3, label=domain)
     left.set(title=f"Tokens per forward, {head} head", xlabel="k, drafts a group")
     right.set(title=f"Acceptance by position, {_best(report)[0]}, k = {budgets[-1]}", xlabel="draft", ylim=(0, 1))
-    for axes in (left, right):
+    for axes in last:
+        for number, (domain, rows) in enumerate(report["thresholds"].items()):
+            lengths = [row["figures"]["all"]["acceptance_length"] or float("nan") for row in rows]
+            left_over = [row["agreement"]["tokens_before_the_first_difference"] for row in rows]
+            axes.plot(lengths, left_over, color=f"C{number}", marker="o", markersize=3, label=domain)
+            for row, x, y in zip(rows, lengths, left_over, strict=True):
+                tau = "lossless" if row["tau"] is None else f"{row['tau']:g}"
+                axes.annotate(tau, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.set(title="Accepted by confidence, by tau", xlabel="tokens per forward", ylabel="tokens before the first difference")
+    for axes in (left, right, *last):
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
     with whole(file) as part:

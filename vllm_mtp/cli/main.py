@@ -164,6 +164,10 @@ def evaluate(
         int, typer.Option(min=1, help="Tokens of a text that are its prompt; a chat has its first question.")
     ] = 256,
     max_tokens: Annotated[int, typer.Option(min=2, help="Output tokens a prompt.")] = 128,
+    tau: Annotated[
+        list[float] | None,
+        typer.Option(min=0, help="In vLLM: accept by confidence from here on, too; repeatable. Beside the lossless outputs."),
+    ] = None,
     engine: Annotated[Literal["reference", "vllm"], typer.Option(help="What decodes: plain torch, or vLLM.")] = "reference",
     dtype: Annotated[str, typer.Option(help="Of vLLM's engine; the reference has float32.")] = "bfloat16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
@@ -175,6 +179,8 @@ def evaluate(
     layouts = tuple(dict.fromkeys(layout or LAYOUTS))
     if not set(layouts) <= set(LAYOUTS):
         raise typer.BadParameter(f"--layout is {' or '.join(LAYOUTS)}")
+    if tau and engine != "vllm":
+        raise typer.BadParameter("--tau needs --engine vllm: the reference decoder verifies every draft")
     raise typer.Exit(
         run(
             EvalOptions(
@@ -186,6 +192,7 @@ def evaluate(
                 prompts=prompts,
                 prompt_tokens=prompt_tokens,
                 max_tokens=max_tokens,
+                taus=tuple(sorted({*(tau or ())})),
                 engine=engine,
                 dtype=dtype,
                 json_file=json_file,
