@@ -263,6 +263,17 @@ def two_forwards() -> str:
     return table(["clients", "", "tokens a cycle", "tokens a second over plain"], rows)
 
 
+def gate() -> str:
+    """What held-out text and arithmetic lose without the gate (`benchmarks.gate`)."""
+    rows = []
+    for name, run in measured("gate.json")["runs"].items():
+        steps = sorted(run["shares"], key=int)
+        first, last = (run["shares"][step] for step in (steps[0], steps[-1]))
+        changes = [f"{100 * first[kind]:.1f} % to {100 * last[kind]:.1f} %" for kind in ("tokens", "answers")]
+        rows.append([name, *changes, "the base's, bit by bit" if run["logits are the base's"] else "others"])
+    return table(["trained", "held-out tokens predicted first", "right answers", "logits of real rows"], rows)
+
+
 def equal_drafts() -> str:
     """Tokens a forward of all methods by number of drafts (`benchmarks.baselines.evaluate`)."""
     drafters = measured("equal_drafts.json")["drafters"]
@@ -364,6 +375,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "load": load_by_clients,
         "ramp": load_over_the_ramp,
         "two forwards": two_forwards,
+        "gate": gate,
         "equal drafts": equal_drafts,
     },
     "confidence.md": {"confidence": confidence},

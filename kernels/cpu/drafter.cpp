@@ -90,10 +90,27 @@ void activate(
   }
 }
 
-float dot(const Bf16* a, const Bf16* b, int64_t n) {
-  Vec sum = {};
-  for (int64_t i = 0; i < n; i += kLanes) sum += load(a + i) * load(b + i);
-  return sum_of(sum);
+// Scores of candidates: their rows of W times a state [d]. Some at a time, for their sums do not wait for each other, and the rows of the
+// next ones are on their way meanwhile.
+void score(const Bf16* W, int64_t stride, const std::vector<int64_t>& tokens, const Bf16* state, int64_t d, float* scores) {
+  constexpr int kTogether = 4;
+  const int64_t count = tokens.size();
+  const auto row = [&](int64_t c) { return W + tokens[std::min(c, count - 1)] * stride; };
+  for (int64_t c = 0; c < count; c += kTogether) {
+    const Bf16* of[kTogether];
+    for (int t = 0; t < kTogether; ++t) {
+      of[t] = row(c + t);
+      const Bf16* next = row(c + kTogether + t);
+      for (int64_t i = 0; i < d; i += 32) __builtin_prefetch(next + i);  // a line each
+    }
+    Vec sum[kTogether] = {};
+    for (int64_t i = 0; i < d; i += kLanes) {
+      const Vec x = load(state + i);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTogether; ++t) sum[t] += load(of[t] + i) * x;
+    }
+    for (int t = 0; t < kTogether && c + t < count; ++t) scores[c + t] = sum_of(sum[t]);
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> draft_cpu(
@@ -133,7 +150,7 @@ std::tuple<at::Tensor, at::Tensor> draft_cpu(
   const Bf16 *W = unembedding.const_data_ptr<Bf16>(), *E = embedding.const_data_ptr<Bf16>();
   const auto vector = [](const at::Tensor& tensor) { return tensor.const_data_ptr<Bf16>(); };
   std::vector<Bf16> previous(R * d), first(R * d), second(R * d);
-  std::vector<float> work(d), scores(candidates);
+  std::vector<float> work(d), scores((candidates + kLanes - 1) / kLanes * kLanes);
   for (int64_t i = 0; i < k; ++i) {
     for (int64_t r = 0; r < R; ++r) {
       const int64_t token = i ? out[r * k + i - 1] : sampled.const_data_ptr<int64_t>()[r];
@@ -147,17 +164,14 @@ std::tuple<at::Tensor, at::Tensor> draft_cpu(
     for (int64_t r = 0; r < R; ++r) {
       Bf16* state = second.data() + r * d;
       activate(state, nullptr, vector(norm_2), vector(norm_bias_2), eps_2, residual ? z.data() + (r * k + i) * d : nullptr, d, work.data(), state);
-      float best = -INFINITY;
-      int64_t token = 0;
       const std::vector<int64_t>& here = places[r * k + i];
-      for (size_t c = 0; c < here.size(); ++c) {
-        scores[c] = dot(W + here[c] * unembedding.stride(0), state, d);
-        if (scores[c] > best) best = scores[c], token = here[c];
-      }
-      float sum = 0;
-      for (size_t c = 0; c < here.size(); ++c) sum += std::exp(scores[c] - best);
-      out[r * k + i] = token;
-      sure[r * k + i] = 1.f / sum;
+      std::fill(scores.begin(), scores.end(), -1e30f);  // of no candidate
+      score(W, unembedding.stride(0), here, state, d, scores.data());
+      const auto best = std::max_element(scores.begin(), scores.begin() + here.size());
+      Vec sum = {};
+      for (size_t c = 0; c < scores.size(); c += kLanes) sum += exp_of(load(scores.data() + c) - *best);
+      out[r * k + i] = here[best - scores.begin()];
+      sure[r * k + i] = 1.f / sum_of(sum);
     }
   }
   return {drafts, probabilities};
