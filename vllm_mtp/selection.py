@@ -4,6 +4,7 @@ Runs where the server's configuration is made, before any process is started or 
 """
 
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,6 +96,7 @@ def resolve(
     Raises:
         ConfigurationError, AdapterError: the adapter or an option cannot be used here.
     """
+    _check_whole()
     if not isinstance(asked["model"], str):
         raise ConfigurationError(
             f"model is {asked['model']!r}: give the folder of an adapter, or leave it out for the target itself"
@@ -147,6 +149,15 @@ def resolve(
         )
     read_served(resolved, base)  # for what only the numbers show: NaN found in a worker would be reported by a dying engine
     return resolved
+
+
+def _check_whole() -> None:
+    """Whether this is the package as it was installed: a checkout has its kernels elsewhere, and `python -m` looks there first."""
+    if importlib.util.find_spec("vllm_mtp.kernels") is None:
+        raise ConfigurationError(
+            f"vllm_mtp was found in {Path(__file__).parents[1]}, a checkout that is not installed, before the installed package: "
+            "start in another folder, or with python -P"
+        )
 
 
 def _check_said(options: dict[str, Any], adapter: str, target: str) -> None:

@@ -155,6 +155,15 @@ def test_options_of_another_type_or_place_are_refused_in_one_line(
     assert str(error.value).isprintable()
 
 
+def test_a_checkout_in_front_of_the_installed_package_is_named(monkeypatch: pytest.MonkeyPatch, adapter_folder: Path) -> None:
+    """There is no folder of kernels in it, and what is installed knows nothing of that."""
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if "editable" not in repr(finder)])
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["vllm_mtp", "kernels"]]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigurationError, match=r"a checkout that is not installed, .* or with python -P"):
+        resolve({"model": str(adapter_folder)}, {}, SimpleNamespace(), SimpleNamespace())
+
+
 def test_a_base_that_is_no_folder_is_checked_by_its_configuration(adapter_folder: Path, base_folder: Path) -> None:
     assert resolved(adapter_folder, base_folder, {}).num_speculative_tokens == 4
     config = json.loads((base_folder / "config.json").read_text())

@@ -58,7 +58,8 @@ class EngineProcess:
         environment = {**defaults, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_mtp.cli.engine_worker"],
+                # The installed package, also in the folder of a checkout.
+                [sys.executable, "-P", "-m", "vllm_mtp.cli.engine_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
