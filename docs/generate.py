@@ -288,9 +288,9 @@ def equal_drafts() -> str:
     return table(["", *(f"k = {k}" for k in budgets)], rows)
 
 
-def confidence() -> str:
+def confidence(file: str = "confidence.json") -> str:
     """The arithmetic demo by threshold and rule (`benchmarks.confidence`)."""
-    report = measured("confidence.json")
+    report = measured(file)
     by_rule: dict[str, dict[float, dict[str, Any]]] = {"verified": {}, "truncated": {}}
     for row in report["rows"]:
         if row["rule"] in by_rule:
@@ -378,7 +378,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "gate": gate,
         "equal drafts": equal_drafts,
     },
-    "confidence.md": {"confidence": confidence},
+    "confidence.md": {"confidence": confidence, "distilled": lambda: confidence("distil_soft.json")},
     "../README.md": {"acceptance": lambda: acceptance(("quadratic", "sampler")), "speed": speed, "methods": methods},
     "../vllm_mtp/demo/MODEL_CARD.md": {
         "acceptance": lambda: acceptance(*itertools.product(("quadratic", "linear"), ("sampler", "plain"))),

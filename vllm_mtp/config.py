@@ -111,7 +111,7 @@ class ServingOptions(StrictModel, strict=True):
     mask_token_id: Annotated[int, Field(ge=1, le=MAX_SIZE)] | None = None
     """For weights that were not trained here and do not say it. Full checkpoints: the one token that every mask row is embedded as.
     Adapters for noise rows: the end of the token ids that noise is drawn from, 1 the first of them. None: an adapter of ours."""
-    candidates: Annotated[int, Field(ge=1)] = 32
+    candidates: Annotated[int, Field(ge=1)] = 64
     """C: how many of the plain head's best tokens the sampler head scores for each mask state. The vocabulary size or more gives
     the paper's full computation."""
 
