@@ -83,9 +83,7 @@ def run(options: EvalOptions) -> int:
             say.print(line, markup=False, soft_wrap=True)
 
         measure = _in_vllm if options.engine == "vllm" else _in_reference
-        report = _report(options, measure(options, budgets, tell))
-        if options.taus:
-            report["thresholds"] = _thresholds(options, max(budgets), tell)
+        report = _report(options, *measure(options, budgets, tell))
         if options.json_file is not None:
             write_whole(options.json_file, json.dumps(report, indent=2) + "\n")
         if options.plot is not None:
@@ -103,7 +101,7 @@ def run(options: EvalOptions) -> int:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 Rows = dict[str, list[dict[str, Any]]]
-"""Of each domain the rows `layout`, `head`, `k` and `figures`."""
+"""Of each domain the rows `layout`, `head`, `k` and `figures`, or those of `_thresholds`."""
 
 
 def _domains(options: EvalOptions, tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int]) -> list[Domain]:
@@ -124,7 +122,7 @@ def _domains(options: EvalOptions, tokenizer: "PreTrainedTokenizerBase", ends: S
     return domains
 
 
-def _in_reference(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], None]) -> Rows:
+def _in_reference(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], None]) -> tuple[Rows, Rows]:
     from transformers import AutoTokenizer
 
     from vllm_mtp.train.evaluate import decoded
@@ -139,7 +137,7 @@ def _in_reference(options: EvalOptions, budgets: Sequence[int], say: Callable[[s
         texts = continue_prompts(model.base, domain.prompts, options.max_tokens, ends)
         outputs = decoded(model, texts, [len(prompt) for prompt in domain.prompts], budgets, options.layouts)
         rows[domain.name] = [{**how._asdict(), "figures": figures(some)} for how, some in outputs.items()]
-    return rows
+    return rows, {}
 
 
 def _served_domains(options: EvalOptions) -> list[Domain]:
@@ -155,7 +153,7 @@ def _served_domains(options: EvalOptions) -> list[Domain]:
     return _domains(options, tokenizer, end_tokens(tokenizer, settings))
 
 
-def _in_vllm(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], None]) -> Rows:
+def _in_vllm(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], None]) -> tuple[Rows, Rows]:
     from vllm_mtp.adapter import read_config
 
     domains = _served_domains(options)
@@ -170,10 +168,10 @@ def _in_vllm(options: EvalOptions, budgets: Sequence[int], say: Callable[[str], 
                 for domain in domains:
                     found = _complete(engine, domain, options.max_tokens)
                     rows[domain.name].append({"layout": layout, "head": head, "k": k, "figures": figures(found)})
-    return rows
+    return rows, _thresholds(options, domains, max(budgets), say) if options.taus else {}
 
 
-def _thresholds(options: EvalOptions, k: int, say: Callable[[str], None]) -> Rows:
+def _thresholds(options: EvalOptions, domains: Sequence[Domain], k: int, say: Callable[[str], None]) -> Rows:
     """Of each domain the rows `tau`, `k`, `figures` and `agreement`, the lossless one first, whose `tau` is None.
 
     Drafts are accepted by confidence, quadratic; requests say from where on.
@@ -184,7 +182,7 @@ def _thresholds(options: EvalOptions, k: int, say: Callable[[str], None]) -> Row
     say(f"vLLM, acceptance by confidence, k = {k}")
     with EngineProcess(args, log) as engine:
         engine.wait_until_ready()
-        for domain in _served_domains(options):
+        for domain in domains:
             runs = {tau: _complete(engine, domain, options.max_tokens, tau) for tau in (None, *options.taus)}
             rows[domain.name] = [
                 {"tau": tau, "k": k, "figures": figures(some), "agreement": agreement(some, runs[None])}
@@ -212,7 +210,7 @@ def _complete(engine: EngineProcess, domain: Domain, max_tokens: int, tau: float
 # -- reporting ---------------------------------------------------------------------------------------------------------
 
 
-def _report(options: EvalOptions, rows: Rows) -> dict[str, Any]:
+def _report(options: EvalOptions, rows: Rows, thresholds: Rows) -> dict[str, Any]:
     return {
         "command": shlex.join(["vllm-mtp", *sys.argv[1:]]),
         "machine": machine(),
@@ -222,6 +220,7 @@ def _report(options: EvalOptions, rows: Rows) -> dict[str, Any]:
         "dtype": options.dtype if options.engine == "vllm" else "float32",
         "max_tokens": options.max_tokens,
         "domains": rows,
+        **({"thresholds": thresholds} if thresholds else {}),
     }
 
 
