@@ -37,7 +37,7 @@ SECONDS = 5.0
 TRAINED = 4  # mask tokens of the small adapter
 DEFAULTS = {
     "layout": "auto",
-    "candidates": 32,
+    "candidates": 64,
     "draft_sample_method": "greedy",
     "max_mask_rows": None,
     "acceptance": "lossless",
