@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.demo_model.train_adapter import MIXTURE, write_mixture
 from vllm_mtp import demo
 from vllm_mtp.adapter import fingerprint_folder
-from vllm_mtp.cli.measure import machine
+from vllm_mtp.machine import machine
 from vllm_mtp.outputs import acceptance_length, novel
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.evaluate import decoded

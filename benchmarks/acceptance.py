@@ -24,7 +24,7 @@ from typing import Any
 from vllm_mtp import demo
 from vllm_mtp.adapter import read_adapter, write_adapter
 from vllm_mtp.cli.engine import EngineError, EngineProcess
-from vllm_mtp.cli.measure import machine
+from vllm_mtp.machine import machine
 from vllm_mtp.outputs import figures
 from vllm_mtp.whole_files import write_whole
 

@@ -32,7 +32,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 from benchmarks.demo_model import arithmetic
 from vllm_mtp import demo
 from vllm_mtp.cli.engine_worker import generate
-from vllm_mtp.cli.measure import machine
+from vllm_mtp.machine import machine
 from vllm_mtp.outputs import Output, agreement, figures
 
 RULES = ("verified", "truncated")

@@ -19,8 +19,8 @@ from vllm_mtp.kernels import cpu
 from vllm_mtp.kernels.cpu.linear import PanelSlices, panels
 from vllm_mtp.kernels.gated_lora import CpuLowRankSlices, LowRankSlices
 
-from vllm_mtp.cli.measure import machine
 from vllm_mtp.cpu_linear import PackedLinear
+from vllm_mtp.machine import machine
 
 LAYERS = [(384, (384, 128, 128)), (384, (384,)), (384, (2176, 2176)), (2176, (384,))] * 4
 """Inputs, and outputs of each fused part."""

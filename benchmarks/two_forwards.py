@@ -29,7 +29,7 @@ import torch
 from vllm_mtp import demo
 from vllm_mtp.breaker import failures
 from vllm_mtp.cli.engine_worker import generate
-from vllm_mtp.cli.measure import machine
+from vllm_mtp.machine import machine
 from vllm_mtp.outputs import Output, tokens_per_forward
 from vllm_mtp.plan import EngineStep
 from vllm_mtp.whole_files import write_whole

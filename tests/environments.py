@@ -116,7 +116,7 @@ def run_file(python: Path, tests: Sequence[str], folder: Path, log: Path) -> dic
 
 def facts(python: Path) -> dict[str, Any]:
     """Processor and versions, as an environment has them."""
-    program = "import json; from vllm_mtp.cli.measure import machine; print(json.dumps(machine()))"
+    program = "import json; from vllm_mtp.machine import machine; print(json.dumps(machine()))"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     told = subprocess.run([python, "-c", program], cwd=python.parent, env=environment, capture_output=True, text=True, check=True)
     return dict(json.loads(told.stdout))

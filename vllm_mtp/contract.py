@@ -50,6 +50,8 @@ SERVED_MODEL: tuple[Requirement, ...] = (
     Has("forward_context", "ForwardContext", "attn_metadata"),
     Has("config", "VllmConfig", "device_config kv_transfer_config"),
     Has("config", "DeviceConfig", "device_type"),
+    Called("config", "VllmConfig.compute_hash", "self"),
+    Imported("envs", "VLLM_CACHE_ROOT"),
     # The target's layers.
     Imported("model_executor.layers.attention", "Attention"),
     Called("model_executor.layers.attention", "Attention.get_attn_backend", "self"),

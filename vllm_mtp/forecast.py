@@ -1,15 +1,17 @@
 """What a step will give and cost, from what steps have given and cost: acceptance by position, and time by rows."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 HOPED, HOPED_WEIGHT = 0.6, 4.0
 """What is thought of the first draft before one was seen, and how many drafts that is worth; of others, as of the one before."""
-FORGET = 0.98  # what older bursts of steps count when a new one comes in
+FORGET = 0.98  # what is left of what older bursts of steps have shown when a new one shows the same
 DRAFTS_IN_MIND = 300.0
 """Drafts at a position after which older ones begin to count less."""
 NOISE = 0.05  # relative, of a burst's mean step time
+WITHOUT_DRAFTS, OF_DRAFTS = [0, 1, 5], [2, 3, 4, 6]  # terms of a step's cost
 
 
 class Acceptance:
@@ -52,70 +54,85 @@ class Acceptance:
         return found
 
 
+class Batch(NamedTuple):
+    """What is in a step, or in those of a burst in the mean.
+
+    Attributes:
+        requests: that decode.
+        rows: verified ones and mask rows.
+        context: tokens of a request.
+    """
+
+    requests: float
+    rows: float
+    context: float = 0.0
+
+    @property
+    def facts(self) -> np.ndarray:
+        """What each term of a step's cost is multiplied with, shape [7]."""
+        extra, context = self.rows - self.requests, self.context / 1000
+        return np.array(
+            [1.0, self.requests, extra, extra > 0, self.requests * (extra > 0), self.requests * context, extra * context]
+        )
+
+
 class StepCost:
     """Seconds of a step by what is in it: a linear model, fitted to bursts of steps, newer ones counting more.
 
-    seconds = a + b requests + c (rows - requests) + [has mask rows] (d + e requests). What bursts have not told apart yet is
-    believed to be shared out as on a machine that was known before. Machines have neighbours, and the same step takes longer for a
-    while: a caller should bring bursts in pairs, of two layouts one right after the other.
+    seconds = a + b requests + c extra + [has extra] (d + e requests) + context (f requests + g extra), where extra are the rows but
+    for one a request, and context is in thousands of tokens. What bursts have not told apart yet is believed to be shared out as on
+    a machine that was known before. Machines have neighbours, and the same step takes longer for a while: a caller should bring
+    bursts in pairs, of two layouts one right after the other, or what two such took more or less.
+
+    Args:
+        terms: a .. g as an earlier server found them (`self.terms`), in seconds; None: nothing is known.
     """
 
-    BELIEVED = np.array([1.0, 0.08, 0.03, 0.25, 0.02])
+    BELIEVED = np.array([1.0, 0.08, 0.03, 0.25, 0.02, 0.1, 0.05])
     """The terms beside a, before anything is known and without prejudice: each may as well be twice that or nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Sequence[float] | None = None) -> None:
         self.is_fitted = False
-        self.prior = np.eye(5), np.zeros(5)
-        self.precision, self.weighted = np.zeros((5, 5)), np.zeros(5)
-        self.row_precision = self.row_weighted = 0.0
-        self.terms = np.array([1.0, 0, 0, 0, 0])
+        self.terms = np.eye(len(self.BELIEVED))[0]
+        self.precision = np.eye(len(self.BELIEVED))
+        """Of the terms, [7, 7]: the inverse of their covariance."""
+        if terms is not None:
+            self._believe(np.array(terms, dtype=float))
 
-    @staticmethod
-    def _facts(requests: float, rows: float) -> np.ndarray:
-        extra = rows - requests
-        return np.array([1.0, requests, extra, extra > 0, requests * (extra > 0)])
+    def _believe(self, terms: np.ndarray) -> None:
+        spread = np.maximum(np.abs(terms), 1e-3 * np.abs(terms).max() * self.BELIEVED)
+        self.terms, self.precision, self.is_fitted = terms, np.diag(1 / spread**2), True
 
-    def observe(self, requests: float, rows: float, seconds: float) -> None:
-        """Takes in a burst.
-
-        Args:
-            requests, rows: of a step, in the mean; rows are verified ones and mask rows.
-            seconds: of a step, in the mean.
-        """
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """Takes in a burst and the seconds of a step, both in the mean."""
         if not self.is_fitted:
-            believed = self.BELIEVED * seconds / float(self._facts(requests, rows) @ self.BELIEVED)
-            self.prior, self.is_fitted = (np.diag(1 / believed**2), 1 / believed), True
-        facts = self._facts(requests, rows) / (NOISE * seconds)
-        self.precision = FORGET * self.precision + np.outer(facts, facts)
-        self.weighted = FORGET * self.weighted + facts / NOISE
-        self._solve()
+            self._believe(self.BELIEVED * seconds / float(batch.facts @ self.BELIEVED))
+        self._learn(batch.facts, seconds, NOISE * seconds)
 
-    def observe_rows(self, rows: float, seconds: float, step: float) -> None:
-        """Takes in what more rows took, within a burst whose steps had more of them and fewer.
+    def observe_change(self, before: Batch, after: Batch, seconds: float, step: float) -> None:
+        """Takes in what steps took longer than others right before or among them, which also tells something where nobody knows
+        how fast the machine is at the moment.
 
         Args:
-            rows: that some steps had more than others, in the mean.
-            seconds: that they took longer.
+            before, after: the others and the steps, in the mean; not the same.
+            seconds: that these took longer.
             step: seconds of a step.
         """
-        noise = 2 * NOISE * step
-        self.row_precision = FORGET * self.row_precision + (rows / noise) ** 2
-        self.row_weighted = FORGET * self.row_weighted + rows * seconds / noise**2
-        self._solve()
+        self._learn(after.facts - before.facts, seconds, 2 * NOISE * step)
 
-    @property
-    def of_a_row(self) -> float:
-        """Seconds of one row more; 0 before the first burst."""
-        return max(float(self.terms[2]), 0.0)
+    def _learn(self, facts: np.ndarray, seconds: float, noise: float) -> None:
+        """Recursive least squares with directional forgetting: what is known of the terms counts less only as far as it is what
+        `facts` tell anew (Kulhavy, Automatica 23, 1987). What long contexts cost is not forgotten while requests are short."""
+        told = self.precision @ facts
+        kept = self.precision - (1 - FORGET) * np.outer(told, told) / float(facts @ told)
+        self.precision = kept + np.outer(facts, facts) / noise**2
+        self.terms = np.linalg.solve(self.precision, kept @ self.terms + facts * seconds / noise**2)
 
-    def _solve(self) -> None:
-        precision, weighted = self.prior[0] + self.precision, self.prior[1] + self.weighted
-        precision[2, 2] += self.row_precision
-        weighted[2] += self.row_weighted
-        self.terms = np.linalg.solve(precision, weighted)
+    def of_a_row(self, context: float = 0.0) -> float:
+        """Seconds of one row more at so many tokens of context; 0 before the first burst."""
+        return max(float((Batch(1, 3, context).facts - Batch(1, 2, context).facts) @ self.terms), 0.0)
 
-    def predict(self, requests: float, rows: float) -> float:
+    def predict(self, batch: Batch) -> float:
         """Seconds of such a step, 1 for all before the first burst; of more rows never less than of none but the requests' own."""
-        facts = self._facts(requests, rows)
-        plain = max(float(facts[:2] @ self.terms[:2]), 1e-9)
-        return plain + max(float(facts[2:] @ self.terms[2:]), 0.0)
+        cost = batch.facts * self.terms
+        return max(float(cost[WITHOUT_DRAFTS].sum()), 1e-9) + max(float(cost[OF_DRAFTS].sum()), 0.0)

@@ -11,8 +11,9 @@ and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from vllm_mtp.forecast import StepCost
+from vllm_mtp.forecast import Batch, StepCost
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.shaping import FIRST_PRICE, LOWEST_PRICE, SHAPED
 
@@ -28,7 +29,7 @@ REMEMBER = 0.99  # what is left of such a correction a burst later
 HOPED_GAIN = 1.8, 6.0  # tokens and rows of a request with drafts, before one was seen
 BARGAIN = 0.5  # share of the price at which a trial looks at drafts
 NEW = 0.3  # share of a burst in what is known of tokens and rows
-TOLD_APART = 0.2  # share of its rows by which half the steps of a burst must differ from the others to tell what a row takes
+TOLD_APART = 0.2  # share by which steps must differ from others, in rows or in context, to tell what that takes
 
 
 def candidate_layouts(k: int) -> list[tuple[int, ...]]:
@@ -147,18 +148,31 @@ class _Bucket:
         return self.shaped if drafts else self.plain
 
 
+class _Step(NamedTuple):
+    """What was in a step, or in the steps of a burst in the mean, what it gave, and how long it took."""
+
+    requests: float
+    rows: float
+    context: float
+    tokens: float
+    seconds: float
+
+    @property
+    def batch(self) -> Batch:
+        return Batch(self.requests, self.rows, self.context)
+
+
 @dataclass
 class _Trial:
     """A burst of the other way between two of the better one.
 
     Attributes:
-        requests, rows: of a step, in the mean.
-        ratio: of its time to the forecast.
+        mean: its steps.
+        ratio: of their time to the forecast.
         pace: of the better way before it.
     """
 
-    requests: float
-    rows: float
+    mean: _Step
     ratio: float
     pace: float
 
@@ -170,10 +184,11 @@ class LoadControl:
         k: most drafts of a request.
         agree: makes one list of times of those that the ranks of an engine measured; called once a burst. The times are all that
             could make them choose differently.
+        cost: what is known of steps; None: nothing.
     """
 
-    def __init__(self, k: int, agree: Callable[[list[float]], list[float]] = list) -> None:
-        self.agree, self.cost = agree, StepCost()
+    def __init__(self, k: int, agree: Callable[[list[float]], list[float]] = list, cost: StepCost | None = None) -> None:
+        self.agree, self.cost = agree, StepCost() if cost is None else cost
         self.plain = (0,) * (k + 1)
         self.price = FIRST_PRICE
         """Of a row, in tokens."""
@@ -183,18 +198,23 @@ class LoadControl:
         self._length, self._settling = BURST, 0
         self._rested = False
         """Whether the last burst was one of the better way at this batch size, which a trial can be held against."""
+        self._last = _Step(0, 0, 0, 0, 0)
+        """That burst."""
         self._trial: _Trial | None = None
-        self._steps: list[tuple[int, int, int, float]] = []
-        """Requests, tokens, rows and seconds of the steps of the running burst."""
+        self._context = self._priced_at = 0.0
+        self._steps: list[_Step] = []
+        """Those of the running burst."""
         self._without = 0
         """Requests in them, counted in every step, that wanted no drafts."""
 
-    def choose(self, num_requests: int) -> tuple[int, ...]:
-        """The layout of a step with `num_requests` requests: without masks, or `SHAPED`."""
-        bucket = (num_requests - 1).bit_length()
+    def choose(self, num_requests: int, context: float = 0.0) -> tuple[int, ...]:
+        """The layout of a step with `num_requests` requests of so many tokens in the mean: without masks, or `SHAPED`."""
+        bucket, self._context = (num_requests - 1).bit_length(), context
         if bucket != self._bucket:
             self._bucket, self._rested, self._trial = bucket, False, None
             self._start(num_requests)
+        elif self._is_elsewhere(context, self._priced_at) and self._drafts == self._known(bucket).drafts:
+            self._reconsider(num_requests)
         return self.running
 
     def observe(self, tokens: Sequence[int], rows: int, seconds: float, without: int = 0) -> None:
@@ -213,7 +233,7 @@ class LoadControl:
         if self._settling:
             self._settling -= 1
             return
-        self._steps.append((len(tokens), sum(tokens), rows, seconds))
+        self._steps.append(_Step(len(tokens), rows, self._context, sum(tokens), seconds))
         self._without += without
         if len(self._steps) == self._length:
             self._finish()
@@ -228,7 +248,7 @@ class LoadControl:
         """Seconds that a step of the running burst should take."""
         bucket = self._known(self._bucket)
         slowness = bucket.way(self._drafts).slowness * bucket.pace
-        return self.cost.predict(num_requests, rows) * slowness if self.cost.is_fitted else 0.0
+        return self._forecast(num_requests, rows) * slowness if self.cost.is_fitted else 0.0
 
     def best(self, num_requests: int) -> tuple[int, ...]:
         """What is better so far for `num_requests` requests."""
@@ -240,11 +260,15 @@ class LoadControl:
             self._buckets[bucket] = _Bucket(HOPED_GAIN if near is None else self._buckets[near].gain)
         return self._buckets[bucket]
 
+    def _forecast(self, num_requests: float, rows: float) -> float:
+        """Seconds of a step at the context that requests have now."""
+        return self.cost.predict(Batch(num_requests, rows, self._context))
+
     def _promises(self, bucket: _Bucket, num_requests: float) -> tuple[float, float]:
         """Tokens a second of plain decoding and with drafts."""
         tokens, rows = bucket.gain
-        plain = num_requests / (self.cost.predict(num_requests, num_requests) * bucket.plain.slowness)
-        return plain, num_requests * tokens / (self.cost.predict(num_requests, num_requests * rows) * bucket.shaped.slowness)
+        plain = num_requests / (self._forecast(num_requests, num_requests) * bucket.plain.slowness)
+        return plain, num_requests * tokens / (self._forecast(num_requests, num_requests * rows) * bucket.shaped.slowness)
 
     def _drafts_win(self, bucket: _Bucket, num_requests: int) -> bool:
         """Whether drafts are worth their rows. In doubt it stays as it is, and above all plain: what brings nothing is not worth
@@ -252,21 +276,38 @@ class LoadControl:
         plain, shaped = self._promises(bucket, num_requests)
         return shaped > (CLEARLY if bucket.drafts else CLEARLY**2) * plain
 
+    @staticmethod
+    def _is_elsewhere(context: float, before: float) -> bool:
+        """Whether requests have become so much longer or shorter that it tells something, or matters."""
+        return abs(context - before) > TOLD_APART * max(context, before)
+
+    def _reconsider(self, num_requests: int) -> None:
+        """Holds to the better way at the context that there is now; the running burst goes on where that is the same."""
+        bucket = self._known(self._bucket)
+        if self.cost.is_fitted and self._drafts_win(bucket, num_requests) != bucket.drafts:
+            self._rested, self._trial = False, None
+            self._start(num_requests)
+        self._set_price(bucket, num_requests)
+
+    def _set_price(self, bucket: _Bucket, num_requests: int) -> None:
+        self._priced_at = self._context
+        if self.cost.is_fitted:
+            self.price = max(LOWEST_PRICE, self.cost.of_a_row(self._context) * max(self._promises(bucket, num_requests)))
+
     def _start(self, num_requests: int) -> None:
         """Begins a burst of the better way, or a trial of the other one if that is due."""
         bucket, before = self._known(self._bucket), self._drafts
         self._drafts, self._length = bucket.drafts, TRIAL
-        if self.cost.is_fitted:
-            self.price = max(LOWEST_PRICE, self.cost.of_a_row * max(self._promises(bucket, num_requests)))
-            if self._trial is None:
-                drafts = self._drafts_win(bucket, num_requests)
-                self._rested &= drafts == bucket.drafts
-                bucket.drafts = self._drafts = drafts
-                self._length = BURST
-                if self._rested and bucket.way(not drafts).due <= bucket.bursts:
-                    self._drafts, self._length = not drafts, TRIAL
-                    if self._drafts:  # at the price itself there might be nothing to see
-                        self.price *= BARGAIN
+        self._set_price(bucket, num_requests)
+        if self.cost.is_fitted and self._trial is None:
+            drafts = self._drafts_win(bucket, num_requests)
+            self._rested &= drafts == bucket.drafts
+            bucket.drafts = self._drafts = drafts
+            self._length = BURST
+            if self._rested and bucket.way(not drafts).due <= bucket.bursts:
+                self._drafts, self._length = not drafts, TRIAL
+                if self._drafts:  # at the price itself there might be nothing to see
+                    self.price *= BARGAIN
         self._settling = SETTLE if self._drafts != before else 0
         self._steps, self._without = [], 0
 
@@ -277,36 +318,42 @@ class LoadControl:
         of them many times as long.
         """
         bucket, count = self._buckets[self._bucket], len(self._steps)
-        way = bucket.way(self._drafts)
-        requests, tokens, rows = (sum(column) / count for column in list(zip(*self._steps, strict=True))[:3])
-        by_rows = sorted(self._steps, key=lambda step: step[2])
+        way, mean = bucket.way(self._drafts), _mean(self._steps)
+        by_rows = sorted(self._steps, key=lambda step: step.rows)
         halves = by_rows[: count // 2], by_rows[(count + 1) // 2 :]
         ratio, *of_halves = self.agree([self._ratio(steps) for steps in (self._steps, *halves)])
         bucket.bursts += 1
         if self._drafts:
             without = self._without / count
-            gain = (tokens - without) / (requests - without), (rows - without) / (requests - without)
+            requests = mean.requests - without
+            gain = (mean.tokens - without) / requests, (mean.rows - without) / requests
             share = NEW if bucket.shaped.tried else 1.0
             bucket.gain = tuple(old + share * (new - old) for old, new in zip(bucket.gain, gain, strict=True))  # type: ignore[assignment]
         if self._drafts != bucket.drafts:
-            self._trial, self._rested = _Trial(requests, rows, ratio, bucket.pace), False
+            self._trial, self._rested = _Trial(mean, ratio, bucket.pace), False
             return
         if not way.tried:  # nothing has run at this batch size yet
-            self.cost.observe(requests, rows, ratio * self.cost.predict(requests, rows))
+            self.cost.observe(mean.batch, ratio * self._of(mean))
             way.tried, ratio = True, 1.0
         elif self._drafts:
             self._learn_rows(halves, of_halves, ratio)
-        bucket.pace, self._rested = ratio / way.slowness, True
+        if self._rested:
+            self._learn_context(self._last, mean, ratio / way.slowness / bucket.pace)
+        bucket.pace, self._rested, self._last = ratio / way.slowness, True, mean
         if self._trial is not None:
-            self._settle(bucket, self._trial, requests, rows)
+            self._settle(bucket, self._trial, mean)
             self._trial = None
         for each in (bucket.plain, bucket.shaped):  # an old verdict is worth less, and another trial
             each.slowness **= REMEMBER
 
-    def _ratio(self, steps: Sequence[tuple[int, int, int, float]]) -> float:
-        return statistics.median(seconds / self.cost.predict(requests, rows) for requests, _, rows, seconds in steps)
+    def _of(self, step: _Step) -> float:
+        """Seconds that were forecast for such a step."""
+        return self.cost.predict(step.batch)
 
-    def _learn_rows(self, halves: Sequence[Sequence[tuple[int, int, int, float]]], ratios: Sequence[float], ratio: float) -> None:
+    def _ratio(self, steps: Sequence[_Step]) -> float:
+        return statistics.median(step.seconds / self._of(step) for step in steps)
+
+    def _learn_rows(self, halves: Sequence[Sequence[_Step]], ratios: Sequence[float], ratio: float) -> None:
         """Learns what a row takes from the steps of a burst that had fewer and those that had more.
 
         Args:
@@ -314,36 +361,50 @@ class LoadControl:
             ratios: of their times to the forecast.
             ratio: of all.
         """
-        requests, rows = ([statistics.fmean(step[i] for step in steps) for steps in halves] for i in (0, 2))
-        if requests[0] != requests[1] or rows[1] - rows[0] < TOLD_APART * rows[0]:
+        few, many = map(_mean, halves)
+        if few.requests != many.requests or many.rows - few.rows < TOLD_APART * few.rows:
             return
-        few, many = (self.cost.predict(requests[0], rows[i]) * ratios[i] / ratio for i in range(2))
-        self.cost.observe_rows(rows[1] - rows[0], many - few, few)
+        less, more = (self._of(mean) * of_half / ratio for mean, of_half in zip((few, many), ratios, strict=True))
+        self.cost.observe_change(few.batch, many.batch, more - less, less)
 
-    def _settle(self, bucket: _Bucket, trial: _Trial, requests: float, rows: float) -> None:
+    def _learn_context(self, before: _Step, after: _Step, change: float) -> None:
+        """Learns what context takes from two bursts of the better way, one after the other, where it is not the same.
+
+        Args:
+            before, after: the bursts.
+            change: of what their steps took beside the forecast.
+        """
+        if self._is_elsewhere(after.context, before.context):
+            step = self._of(before)
+            self.cost.observe_change(before.batch, after.batch, change * self._of(after) - step, step)
+
+    def _settle(self, bucket: _Bucket, trial: _Trial, after: _Step) -> None:
         """Learns from a trial, by what the better way took before and after it.
 
         Args:
             bucket: the batch size.
             trial: the other way's burst.
-            requests, rows: of the better way's burst after it.
+            after: of the better way's burst after it.
         """
         other, best = bucket.way(not bucket.drafts), bucket.way(bucket.drafts)
         if not 1 / UNSETTLED < bucket.pace / trial.pace < UNSETTLED:
             other.due = bucket.bursts + FIRST_RETRY // 2
             return
         pace = (trial.pace * bucket.pace) ** 0.5
-        rival = trial.ratio * self.cost.predict(trial.requests, trial.rows)
-        before = self.cost.predict(requests, rows)
+        rival, before = trial.ratio * self._of(trial.mean), self._of(after)
         beside = pace * best.slowness * before
-        self.cost.observe(trial.requests, trial.rows, rival)
-        self.cost.observe(requests, rows, beside)
-        forecast = self.cost.predict(requests, rows)
+        self.cost.observe(trial.mean.batch, rival)
+        self.cost.observe(after.batch, beside)
+        forecast = self._of(after)
         bucket.pace *= before / forecast
-        measured = best.slowness * (rival / beside) / (self.cost.predict(trial.requests, trial.rows) / forecast)
+        measured = best.slowness * (rival / beside) / (self._of(trial.mean) / forecast)
         other.slowness *= (measured / other.slowness) ** LEARN
         other.tried = True
-        promises = self._promises(bucket, requests)
+        promises = self._promises(bucket, after.requests)
         lost = (TRIAL + SETTLE) * max(promises[bucket.drafts] / promises[not bucket.drafts] - 1, 0.0)
         other.due = bucket.bursts + max(other.wait, round(lost / (COST_OF_LOOKING * BURST)))
         other.wait = min(LAST_RETRY, 2 * other.wait)
+
+
+def _mean(steps: Sequence[_Step]) -> _Step:
+    return _Step(*(statistics.fmean(column) for column in zip(*steps, strict=True)))

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from tests.faults.load import Outcome
 from tests.faults.scenarios import SCENARIOS, Plain
-from vllm_mtp.cli.measure import machine
+from vllm_mtp.machine import machine
 
 COLUMNS = ("sent", "answered", "left", "failed", "lost", "restarts", "blocks_leaked", "requests_leaked")
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_mtp.cli.measure import machine
+from vllm_mtp.machine import machine
 
 INSIDE = "VLLM_MTP_TEST_NAMESPACE"
 TRAININGS = ((4, 2), (40, 2), (90, 2), (180, 2), (260, 2), (180, 6))

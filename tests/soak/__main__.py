@@ -30,7 +30,7 @@ from tests.soak import report
 from tests.soak.client import Answer, send
 from tests.soak.traffic import CYCLE_SECONDS, Asked, cycle
 from vllm_mtp import demo
-from vllm_mtp.cli.measure import machine
+from vllm_mtp.machine import machine
 from vllm_mtp.whole_files import write_whole
 
 SAMPLE_SECONDS, SAVE_SECONDS, DRAIN_SECONDS = 10.0, 60.0, 120.0

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from vllm_mtp.cli.engine import EngineError, EngineProcess, Generation
 from vllm_mtp.cli.main import app
-from vllm_mtp.cli.measure import VECTORS, Comparison, compare, machine
+from vllm_mtp.cli.measure import Comparison, compare
 from vllm_mtp.cli.show import coloured, print_completion
+from vllm_mtp.machine import VECTORS, machine
 from vllm_mtp.outputs import Output, tokens_per_forward
 
 from .turns import TimedEngine

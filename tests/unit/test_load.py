@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from vllm_mtp.forecast import Batch
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.load import LoadControl, candidate_layouts, fitting_layouts, rows_of
 from vllm_mtp.shaping import SHAPED, Shaper
@@ -30,6 +31,9 @@ class Server:
         self.row_cost, self.acceptance, self.random = row_cost, acceptance, random.Random(seed)
         self.shaper = Shaper(K)
 
+    context = 0.0
+    """Tokens of a request."""
+
     def seconds(self, rows: float) -> float:
         return 1.0 + self.row_cost * rows
 
@@ -49,7 +53,7 @@ class Server:
         tokens, seconds = 0, 0.0
         names, drafts = [str(i) for i in range(requests)], [list[float]() for _ in range(requests)]
         for _ in range(steps):
-            lengths = control if isinstance(control, tuple) else control.choose(requests)
+            lengths = control if isinstance(control, tuple) else control.choose(requests, self.context)
             if lengths == SHAPED and isinstance(control, LoadControl):
                 self.shaper.price = control.price
                 shapes = self.shaper.shapes(list(zip(names, drafts, strict=True)), 1000)
@@ -166,6 +170,37 @@ def test_it_comes_back_when_drafts_become_worth_their_rows_again() -> None:
     server.acceptance = 0.9
     server.run(control, 1, 20_000)
     assert control.best(1) == SHAPED
+
+
+class Reading(Server):
+    """Rows read what their requests have: it takes longer, the more there is."""
+
+    def seconds(self, rows: float) -> float:
+        return super().seconds(rows) + 0.05 * self.context / 1000 * rows
+
+
+def test_the_forecast_follows_the_context_and_so_do_the_drafts() -> None:
+    control, price = LoadControl(K), {}
+    # Each server has seen nothing else: requests grow, and new ones come.
+    server = Reading(0.01, 0.6)
+    for _ in range(30):
+        for server.context in (200.0, 1500.0, 6000.0, 12_000.0):
+            server.run(control, 4, 60)
+            price[server.context] = control.price
+    assert sorted(price, key=price.__getitem__) == sorted(price)
+    for context in (500.0, 3000.0, 9000.0):
+        server.context = context
+        for rows in (4, 8, 20):
+            assert control.cost.predict(Batch(4, rows, context)) == pytest.approx(1.02 * server.seconds(rows), rel=0.15)
+        best = max(rate(_reading_at(context), layout, 4, 2000) for layout in candidate_layouts(K))
+        server.run(control, 4, 200)
+        assert rate(server, control, 4, 3000) > 0.93 * best
+
+
+def _reading_at(context: float) -> Server:
+    server = Reading(0.01, 0.6)
+    server.context = context
+    return server
 
 
 @pytest.mark.parametrize("requests", [1, 4])

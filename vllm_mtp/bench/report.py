@@ -22,7 +22,8 @@ from safetensors import safe_open
 from vllm_mtp.bench.config import PLAIN
 from vllm_mtp.bench.run import SEARCH, Benchmark, Setting, ratios
 from vllm_mtp.cli.engine import Generation
-from vllm_mtp.cli.measure import machine, num_identical
+from vllm_mtp.cli.measure import num_identical
+from vllm_mtp.machine import machine
 from vllm_mtp.outputs import acceptance_by_position, acceptance_length, novel, tokens_per_forward
 from vllm_mtp.whole_files import write_whole
 

@@ -13,9 +13,10 @@ from typing import Any
 from rich.console import Console
 
 from vllm_mtp.cli.engine import EngineError, EngineProcess
-from vllm_mtp.cli.measure import Comparison, compare, machine, num_identical
+from vllm_mtp.cli.measure import Comparison, compare, num_identical
 from vllm_mtp.cli.show import print_completion, print_error, print_table
 from vllm_mtp.demo import mixed_prompts
+from vllm_mtp.machine import machine
 from vllm_mtp.outputs import tokens_per_forward
 from vllm_mtp.whole_files import write_whole
 

@@ -20,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_mtp.cli.engine import EngineError, EngineProcess
-from vllm_mtp.cli.measure import PACKAGES, machine, num_identical
+from vllm_mtp.cli.measure import num_identical
 from vllm_mtp.cli.show import print_error
+from vllm_mtp.machine import PACKAGES, machine
 from vllm_mtp.outputs import tokens_per_forward
 from vllm_mtp.safe_files import one_line
 from vllm_mtp.whole_files import write_whole

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from vllm_mtp.cli.engine import EngineError, EngineProcess
-from vllm_mtp.cli.measure import machine
 from vllm_mtp.cli.show import print_error, print_table
+from vllm_mtp.machine import machine
 from vllm_mtp.outputs import Output, agreement, figures
 from vllm_mtp.whole_files import whole, write_whole
 

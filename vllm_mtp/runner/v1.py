@@ -13,7 +13,9 @@ from vllm.platforms import current_platform
 from vllm_mtp import compat, load, parallel, verifier
 from vllm_mtp.confidence import ConfidentDrafts, Drafted
 from vllm_mtp.config import NO_OPTIONS, RequestOptions
+from vllm_mtp.cost_cache import NUM_TERMS, CostCache, facts
 from vllm_mtp.drafter import SampledDrafts
+from vllm_mtp.forecast import StepCost
 from vllm_mtp.layout import capped, shapes_of
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.shaping import SHAPED, Shaper
@@ -41,6 +43,7 @@ class MaskTokenProposer(MaskTokenTarget):
         self.control = load.LoadControl(self.k, parallel.longest)
         self.shaper = Shaper(self.k)
         self.shapes_groups = self.options.layout == "auto"
+        self.cost_cache: CostCache | None = None
         self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
         self.verified: list[int] = []
         """Drafts that each request of the running step verifies."""
@@ -66,6 +69,8 @@ class MaskTokenProposer(MaskTokenTarget):
         runner.effective_drafter_max_model_len = self.max_model_len + self.k
         if again:
             return
+        if self.shapes_groups:
+            self._know_costs()
         if current_platform.is_cpu():
             runner.rejection_sampler.forward = verifier.before(runner.rejection_sampler, self.breaker)
         if self.by_confidence:
@@ -73,8 +78,19 @@ class MaskTokenProposer(MaskTokenTarget):
             sampler = runner.rejection_sampler
             sampler.forward = verifier.with_confidence(sampler.forward, self._confident, self.breaker)
 
+    def _know_costs(self) -> None:
+        """Takes over what steps cost an earlier server of this kind; the first rank reads and writes it for all."""
+        cache = CostCache(facts(self.config)) if parallel.is_first_rank() else None
+        kept = None if cache is None else cache.read()
+        terms = parallel.of_first_rank(torch.tensor(kept or [math.nan] * NUM_TERMS, dtype=torch.float64))
+        self.cost_cache = cache
+        if not math.isnan(terms[0]):
+            self.control.cost = StepCost(terms)
+
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
-        return self.control.choose(num_requests) if self.shapes_groups else self.layouts[0]
+        if not self.shapes_groups:
+            return self.layouts[0]
+        return self.control.choose(num_requests, float(self.runner.input_batch.num_computed_tokens_cpu[:num_requests].mean()))
 
     def _next_step(self) -> PlannedStep | None:
         """The plan of the step whose forward is about to run, from the runner's batch (v1/worker/gpu_input_batch.py)."""
@@ -173,6 +189,8 @@ class MaskTokenProposer(MaskTokenTarget):
             states = self.expansion.last
             rows = self.num_rows + (0 if states is None else states.groups.num_rows)
             self.control.observe([len(tokens) for tokens in sampled_token_ids], rows, now - before, self.without_drafts)
+            if self.cost_cache is not None and self.control.cost.is_fitted:
+                self.cost_cache.keep(self.control.cost.terms)
 
     def _count(self, sampled_token_ids: list[list[int]]) -> None:
         """Counts what became of the step's drafts."""
