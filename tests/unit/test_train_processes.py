@@ -39,6 +39,9 @@ RECIPES: dict[str, dict[str, object]] = {
     "gated-lora": {},
     "self-distill": {"recipe": "self-distill"},
     "self-distill, full": {"recipe": "self-distill", "tuning": "full"},
+    "gated-lora, base in parts": {"fsdp": True},
+    "gated-lora, base in parts, checkpointing": {"fsdp": True, "gradient_checkpointing": True},
+    "self-distill, base in parts": {"recipe": "self-distill", "fsdp": True},
 }
 
 
@@ -51,7 +54,7 @@ def test_two_processes_with_the_same_global_batch_have_the_losses_of_one(recipe:
             chat = [{"role": "user", "content": str(i)}, {"role": "assistant", "content": f"{i} and {i + 1}"}]
             file.write(json.dumps({"messages": chat}) + "\n")
     one, two = (config.model_copy(update={"output": tmp_path / name, "save_steps": 5}) for name in ("one", "two"))
-    train(one)
+    train(one.model_copy(update={"fsdp": False}))
     by_torchrun(two, 2)
     histories = [json.loads((run.output / "history.json").read_text()) for run in (one, two)]
     for name in LOSSES if recipe != "self-distill, full" else ("loss", "plain", "consistency"):

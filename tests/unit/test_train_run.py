@@ -71,8 +71,13 @@ def test_a_run_leaves_its_history_its_curves_and_logs_for_tensorboard(tmp_path: 
 
 def test_a_base_in_parts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(DataError, match="FSDP and DeepSpeed cannot hold the base"):
+    with pytest.raises(DataError, match="FSDP and DeepSpeed of accelerate cannot hold the base"):
         train(run_config(tmp_path))
+
+
+def test_one_process_has_nobody_to_share_the_base_with(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--fsdp shares the base out over processes, and there is one"):
+        train(run_config(tmp_path, fsdp=True))
 
 
 def test_an_unknown_place_to_report_to_is_an_error(tmp_path: Path) -> None:

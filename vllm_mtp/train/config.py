@@ -119,6 +119,9 @@ class TrainConfig(StrictModel):
     take several times as long."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass instead of keeping what is in them: a third slower, in much less memory."""
+    fsdp: bool = False
+    """Under torchrun: each process holds its part of the base only (FSDP2), and layers are put together while they compute, for
+    bases that one device cannot hold. Not with `tuning` full."""
     logit_rows: Positive = 8192
     """Rows whose logits exist at a time; where a step has more, they are computed again in the backward pass."""
     compile: bool = False
@@ -155,6 +158,8 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _options_fit_the_recipe(self) -> "TrainConfig":
+        if self.fsdp and (self.tuning == "full" or self.compile):
+            raise ValueError("fsdp is for a base that stays as it is, and not compiled: leave tuning=full and compile out")
         if self.tuning == "full":
             if self.recipe != "self-distill":
                 raise ValueError("tuning=full is for recipe=self-distill: the other one leaves the base as it is")

@@ -7,13 +7,17 @@ construction, n prefixes cost one forward of real rows, and the backward pass to
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -39,15 +43,76 @@ def with_group_attention(model: PreTrainedModel) -> PreTrainedModel:
     return groups
 
 
-def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
+def checkpointed(model: PreTrainedModel, again: Callable[[], AbstractContextManager[None]] = nullcontext) -> PreTrainedModel:
     """The model, of whose layers the backward pass keeps what enters them and computes the rest again.
 
     Not transformers' own switch, which takes the cache away that mask rows read.
+
+    Args:
+        model: whose layers' forward is replaced.
+        again: what it is computed in again.
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            contexts = partial(_contexts, again)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
     return model
+
+
+def _contexts(
+    again: Callable[[], AbstractContextManager[None]],
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), again()
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether processes hold a part of the model's weights each (FSDP2)."""
+    return isinstance(model, FSDPModule)
+
+
+def _decode(model: PreTrainedModel, **inputs: Any) -> Any:
+    return model.get_decoder()(**inputs)
+
+
+def decode(model: nn.Module, **inputs: Any) -> Any:
+    """The forward of a causal LM without its head. Of a model in parts it must begin at the root, as FSDP2 wants it."""
+    return model.decode_rows(**inputs) if is_in_parts(model) else _decode(model, **inputs)  # type: ignore[arg-type, operator]
+
+
+class Switched:
+    """A base in parts and its LoRA in one tree of modules, for two trees cannot share such weights. It computes as the base does,
+    but for rows of groups while `groups` lasts.
+
+    Args:
+        base: in parts; LoRA is put into it in place.
+        lora: of PEFT.
+    """
+
+    def __init__(self, base: PreTrainedModel, lora: LoraConfig) -> None:
+        self.base, self.attention = base, base.config._attn_implementation
+        base.decode_rows = partial(_decode, base)  # type: ignore[assignment]
+        register_fsdp_forward_method(base, "decode_rows")
+        with torch.no_grad():  # FSDP2 learns where the root is, before the embedding is asked for by itself
+            decode(base, input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
+        self.student: PeftModel = get_peft_model(base, lora)  # type: ignore[assignment]
+        self.layers = [layer for layer in self.student.modules() if isinstance(layer, LoraLayer)]
+        self._open(False)
+
+    def _open(self, lora: bool) -> None:
+        for layer in self.layers:
+            # PEFT's own switch takes requires_grad away, and a backward pass that comes later would leave the gradients out.
+            layer._disable_adapters = not lora
+
+    @contextmanager
+    def groups(self, lora: bool) -> Iterator[None]:
+        """Within it the tree computes rows of groups, with LoRA or without."""
+        self.base.set_attn_implementation(group_attention.NAME)
+        self._open(lora)
+        try:
+            yield
+        finally:
+            self.base.set_attn_implementation(self.attention)
+            self._open(False)
 
 
 class _Real(DynamicLayer):
@@ -75,14 +140,14 @@ def read(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor,
     """Final-norm states of real rows [B, T, d], and the keys and values that rows behind them read."""
     # A cache of its own choosing would drop what is outside of a sliding window, which earlier groups still see.
     cache = Cache(layer_class_to_replicate=_Real)
-    return model.get_decoder()(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state, cache
+    return decode(model, input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state, cache
 
 
 def read_groups(model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tensor, cache: Cache, num_real: int) -> torch.Tensor:
     """Final-norm states of groups' rows [B, G, K, d].
 
     Args:
-        model: what `with_group_attention` made, with LoRA or without.
+        model: what `with_group_attention` made, with LoRA or without, or a tree that computes rows of groups (`Switched`).
         rows: what enters the first layer, shape [B, G, K, d].
         prefix_lengths: L of each group; its rows stand at positions L .. L+K-1 and see real rows 0 .. L-1, shape [B, G].
         cache: what `read` left of the real rows; it is left as it was.
@@ -92,7 +157,8 @@ def read_groups(model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tens
     positions = prefix_lengths[..., None] + torch.arange(K, device=rows.device)
     hidden = torch.arange(num_real, device=rows.device) >= prefix_lengths[..., None]
     bias = torch.zeros_like(hidden, dtype=rows.dtype).masked_fill(hidden, torch.finfo(torch.bfloat16).min)
-    out = model.get_decoder()(  # type: ignore[operator]
+    out = decode(
+        model,
         inputs_embeds=rows.flatten(1, 2),
         position_ids=positions.flatten(1),
         attention_mask=bias[:, None],
@@ -145,6 +211,10 @@ class TrainedModel(Trained, ABC):
     options: TrainConfig
     sampler: SamplerHead | None
 
+    def groups(self, *, lora: bool) -> AbstractContextManager[None]:
+        """What `read_groups` is called in; `lora`: whether the student reads, or the teacher."""
+        return nullcontext()
+
     @abstractmethod
     def read_real(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, Cache]:
         """What `read` gives of real rows, with gradients where they are trained."""
@@ -187,14 +257,19 @@ class MaskedModel(TrainedModel):
         check_layers(base.config, stateful=base._is_stateful)
         attend_as_defined(base)
         self.options = config
-        self.base = base.requires_grad_(False).eval()
-        student = with_group_attention(base)
-        if config.gradient_checkpointing:
-            checkpointed(student)
+        base.requires_grad_(False).eval()
         lora = LoraConfig(
-            r=config.rank, lora_alpha=config.alpha or 2 * config.rank, target_modules=list(linears(student)), task_type="CAUSAL_LM"
+            r=config.rank, lora_alpha=config.alpha or 2 * config.rank, target_modules=list(linears(base)), task_type="CAUSAL_LM"
         )
-        self.student: PeftModel = get_peft_model(student, lora)  # type: ignore[assignment]
+        self.switched = Switched(base, lora) if is_in_parts(base) else None
+        if self.switched is not None:
+            student, self.student = base, self.switched.student
+        else:
+            student = with_group_attention(base)
+            self.student = get_peft_model(student, lora)  # type: ignore[assignment]
+        if config.gradient_checkpointing:
+            checkpointed(student, partial(self.groups, lora=True))
+        self.base = base
         self.embed, self.unembed = base.get_input_embeddings(), unembedding(base)
         width = base.config.hidden_size
         with torch.no_grad():
@@ -202,6 +277,14 @@ class MaskedModel(TrainedModel):
         masks = torch.randn(config.mask_tokens, width, device=base.device) * spread
         self.mask_embeddings = nn.Parameter(masks, requires_grad=config.train_mask_embeddings)
         self.sampler = SamplerHead(width, config.sampler_residual).to(base.device) if config.sampler else None
+
+        if self.switched is not None:  # every process has all that is trained, and DDP's business is with that alone
+            frozen = [name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad]
+            buffers = [name for name, _ in self.named_buffers(remove_duplicate=False)]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [*frozen, *buffers])
+
+    def groups(self, *, lora: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self.switched is None else self.switched.groups(lora)
 
     def trainable(self) -> dict[str, torch.Tensor]:
         """Name -> tensor of everything that training owns, frozen mask embeddings included."""
@@ -213,7 +296,8 @@ class MaskedModel(TrainedModel):
 
     def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: Cache, real: torch.Tensor) -> torch.Tensor:
         rows = self.mask_embeddings[:num_masks].to(real.dtype).expand(*prefix_lengths.shape, -1, -1)
-        return read_groups(self.student.get_base_model(), rows, prefix_lengths, cache, real.shape[1])
+        with self.groups(lora=True):
+            return read_groups(self.student.get_base_model(), rows, prefix_lengths, cache, real.shape[1])
 
     def forward(
         self,

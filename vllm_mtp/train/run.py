@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import PartialState
 from rich.progress import Progress
 from safetensors import safe_open
@@ -22,7 +23,7 @@ from vllm_mtp.train.curves import LOSSES, write_history
 from vllm_mtp.train.data import Corpus, Sequences, first_prompts, read_corpus
 from vllm_mtp.train.documents import BadLines, DataError, read_documents
 from vllm_mtp.train.export import export, export_checkpoint, load_adapter
-from vllm_mtp.train.model import MaskedModel, TrainedModel
+from vllm_mtp.train.model import MaskedModel, TrainedModel, is_in_parts
 from vllm_mtp.train.on_policy import continue_prompts, end_tokens, on_policy_sequences
 from vllm_mtp.train.self_distill import FullStudent, GatedStudent, add_mask_token
 from vllm_mtp.train.trainer import MaskTrainer, last_checkpoint
@@ -31,7 +32,7 @@ from vllm_mtp.whole_files import whole, write_whole
 PROMPT_TOKENS, NEW_TOKENS = 192, 128
 # They change what is reported, how long and how fast, not what is trained.
 FREE_OPTIONS = {
-    *("output", "base_name", "strict", "steps", "compile", "report_to"),
+    *("output", "base_name", "strict", "steps", "compile", "fsdp", "report_to"),
     *("eval_data", "eval_prompts", "eval_steps", "log_steps", "save_steps"),
 }
 
@@ -47,8 +48,7 @@ def train(config: TrainConfig) -> Path:
         OSError: the base model cannot be loaded.
     """
     if any(os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true") for kind in ("FSDP", "DEEPSPEED")):
-        # Real rows and mask rows run through two trees of modules over one set of weights, which neither can divide.
-        raise DataError("FSDP and DeepSpeed cannot hold the base: launch plain processes (DDP), each with a whole base.")
+        raise DataError("FSDP and DeepSpeed of accelerate cannot hold the base: launch plain processes, and give --fsdp.")
     cuda = torch.cuda.is_available()
     processes = PartialState(cpu=not cuda, timeout=timedelta(days=1))  # the others wait while one generates
     if config.batch_size % processes.num_processes:
@@ -60,8 +60,11 @@ def train(config: TrainConfig) -> Path:
     base = AutoModelForCausalLM.from_pretrained(
         config.base,
         dtype=torch.bfloat16 if cuda and computes_in_bf16(config.bf16) and config.tuning == "lora" else torch.float32,
+        **(in_parts(processes) if config.fsdp else {}),
     )
-    base.to(processes.device)  # type: ignore[arg-type]
+    assert is_in_parts(base) is config.fsdp
+    if not config.fsdp:
+        base.to(processes.device)  # type: ignore[arg-type]
     model, ends = _model(base, tokenizer, config), end_tokens(tokenizer, base.generation_config)
     if config.init_adapter is not None:
         assert isinstance(model, MaskedModel)
@@ -71,7 +74,7 @@ def train(config: TrainConfig) -> Path:
     continued: Callable[[], list[torch.Tensor]] = partial(continue_prompts, base, prompts, NEW_TOKENS, ends)
     if config.tuning == "lora":  # a base that never changes always continues them in the same way
         continued = cache(continued)
-        if processes.is_main_process:
+        if processes.is_main_process or config.fsdp:
             continued()
 
     if config.compile and not cuda:
@@ -81,9 +84,9 @@ def train(config: TrainConfig) -> Path:
     start = time.time()
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output))
     folder = config.output / ("adapter" if config.tuning == "lora" else "model")
+    if not trainer.figures and (processes.is_main_process or config.fsdp):  # the run had ended before
+        trainer.evaluate()
     if processes.is_main_process:
-        if not trainer.figures:  # the run had ended before
-            trainer.evaluate()
         history = trainer.state.log_history
         last = next((entry for entry in reversed(history) if "loss" in entry), {})
         figures: dict[str, object] = {
@@ -105,6 +108,22 @@ def computes_in_bf16(asked: bool | None) -> bool:
     if asked is not None:
         return asked
     return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def in_parts(processes: PartialState) -> dict[str, object]:
+    """What `from_pretrained` needs to give every process a part of the base.
+
+    Raises:
+        DataError: there is but one process, or transformers cannot.
+    """
+    if processes.num_processes == 1:
+        raise DataError("--fsdp shares the base out over processes, and there is one: start with torchrun, or leave it out.")
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(fsdp_size=processes.num_processes)}
+    except (ImportError, TypeError):
+        raise DataError(f"--fsdp needs transformers 5.19 or later, and {transformers.__version__} is installed.") from None
 
 
 def _model(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> MaskedModel | FullStudent:
@@ -204,21 +223,24 @@ def _on_policy(model: TrainedModel, corpus: Corpus, ends: Sequence[int], process
         mode="json", include={"on_policy_sequences", "on_policy_greedy", "on_policy_engine", "length", "seed"}
     )
     made_for = json.dumps({**settings, "base": fingerprint_folder(config.base), "tokens": corpus.digest()})
-    if processes.is_main_process and not _was_made_for(path, made_for):
+    missing = not _was_made_for(path, made_for)
+    processes.wait_for_everyone()  # before one of them writes it
+    if missing and (processes.is_main_process or config.fsdp):
         if processes.num_processes > 1:
             if config.on_policy_engine == "vllm":
                 raise DataError("on_policy_engine=vllm runs in one process only: start without torchrun, or ask for transformers.")
             config = config.model_copy(update={"on_policy_engine": "transformers"})
         tensors: dict[str, torch.Tensor] = {}
-        with Progress() as progress:
+        with Progress(disable=not processes.is_main_process) as progress:
             task = progress.add_task("continuing prompts with the base", total=config.on_policy_sequences)
             for done in on_policy_sequences(model.base, corpus, ends, config):
                 if isinstance(done, int):
                     progress.update(task, completed=done)
                 else:
                     tensors = done
-        with whole(path) as part:
-            save_file(tensors, part, {"made_for": made_for})
+        if processes.is_main_process:
+            with whole(path) as part:
+                save_file(tensors, part, {"made_for": made_for})
     processes.wait_for_everyone()
     return load_file(path)
 

@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 from vllm_mtp.causal_lm import attend_as_defined, check_layers, unembedding
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.losses import masked_losses, supervised
-from vllm_mtp.train.model import MaskedModel, TrainedModel, checkpointed, read, read_groups, with_group_attention
+from vllm_mtp.train.model import MaskedModel, TrainedModel, checkpointed, is_in_parts, read, read_groups, with_group_attention
 
 EMBEDDING_ROWS = 64
 """A vocabulary that has no slot for the mask token grows to a multiple of this."""
@@ -90,7 +90,9 @@ class Student(TrainedModel):
         with torch.no_grad():
             if self.teacher is not self.base:
                 real, cache = read(self.teacher, input_ids)
-            behind = read_groups(self.reader, self.teacher_embed(own).to(real.dtype), prefix_lengths, cache, real.shape[1])
+            rows = self.teacher_embed(own).to(real.dtype)
+            with self.groups(lora=False):
+                behind = read_groups(self.reader, rows, prefix_lengths, cache, real.shape[1])
             teacher = torch.cat([_rows(real, at), behind], 2)
         sampled = None
         if self.sampler is not None:
@@ -109,7 +111,7 @@ class GatedStudent(Student, MaskedModel):  # type: ignore[misc]  # its forward t
 
     def __init__(self, base: PreTrainedModel, config: TrainConfig) -> None:
         super().__init__(base, config)
-        self.teacher, self.reader = self.base, with_group_attention(self.base)
+        self.teacher, self.reader = self.base, self.base if is_in_parts(self.base) else with_group_attention(self.base)
         self.teacher_embed = self.embed
 
     def predict(self, states: torch.Tensor) -> torch.Tensor:

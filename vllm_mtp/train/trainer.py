@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vllm_mtp.train.curves import EVALUATED
 from vllm_mtp.train.evaluate import tokens_per_forward
-from vllm_mtp.train.model import TrainedModel
+from vllm_mtp.train.model import TrainedModel, is_in_parts
 
 WEIGHTS = "trained.safetensors"
 
@@ -64,7 +64,7 @@ class MaskTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Tokens per forward: of the quadratic layout and the head that drafts to the log, all of them to `figures`."""
         logged: dict[str, float] = {}
-        if self.prompt_lengths and self.is_world_process_zero():
+        if self.prompt_lengths and (self.is_world_process_zero() or is_in_parts(self._trained_model().base)):
             self.figures = tokens_per_forward(self._trained_model(), self.texts(), self.prompt_lengths)
             way = "quadratic.plain." if self._trained_model().sampler is None else "quadratic.sampler."
             shown = {name: value for name, value in self.figures.items() if name.startswith(way) and ".free." not in name}
