@@ -11,8 +11,9 @@ demo: $(STAMP)
 	$(BIN)/vllm-mtp demo
 
 # One process a core of a small machine, each with a thread of its own: two engines' threads would wait for each other by spinning.
+# In the order of the files, engines first: files of few tests are the long ones, and would else come last, one beside nothing.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-full: $(TOOLS)
 	$(BIN)/python -m pytest -q -m "full or not full"

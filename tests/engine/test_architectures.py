@@ -4,6 +4,7 @@ vLLM."""
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2Model
 from vllm.config import set_current_vllm_config
 
 from tests.architectures import ARCHITECTURES
+from tests.unit.test_train_processes import by_torchrun
 from tests.unit.tiny_models import tiny_config
 from vllm_mtp import demo, target
 from vllm_mtp.adapter import read_adapter
 from vllm_mtp.mask_attention import ForkedSequences
 from vllm_mtp.reference import ReferenceModel
+from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.run import train
 
 from .conftest import Engines, speculative
@@ -40,12 +43,11 @@ def class_of_transformers() -> Iterator[None]:
             delattr(Olmo2Model, name)
 
 
-def trained(base: Path, output: Path) -> Path:
-    """An adapter for `base`, after 20 steps of training on the demo's prompts."""
+def run_for(base: Path, output: Path) -> TrainConfig:
+    """A run for `base`: 20 steps on the demo's prompts."""
     data = output.with_suffix(".jsonl")
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in demo.prompts()[20:60]))
-    config = tiny_config(base=base, data=(data,), output=output, mask_tokens=K, length=48, steps=STEPS, learning_rate=1e-2)
-    return train(config)
+    return tiny_config(base=base, data=(data,), output=output, mask_tokens=K, length=48, steps=STEPS, learning_rate=1e-2)
 
 
 @pytest.mark.full
@@ -59,7 +61,7 @@ def test_trained_exported_and_served_as_plain(
     if forked:
         monkeypatch.setattr(target, "kernels_load", lambda: False)
     base = random_model(tmp_path / "base", **ARCHITECTURES[name].config)
-    adapter = trained(base, tmp_path / "output")
+    adapter = train(run_for(base, tmp_path / "output"))
     lora = read_adapter(adapter).lora
     assert {module.rpartition(".")[2] for module in lora} == set(ARCHITECTURES[name].modules)
     assert min(weights.b.abs().max().item() for weights in lora.values()) > 1e-3  # all of it was trained
@@ -82,3 +84,26 @@ def test_trained_exported_and_served_as_plain(
     assert same == len(batch)
     assert max(differences) < 1e-4
     assert max(len(ids) for ids, _ in seen) > 64  # past every window
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trained_with_its_base_in_parts_and_served_as_plain(
+    name: str, engines: Engines, prompts: list[str], tmp_path: Path
+) -> None:
+    """By two processes, each of which holds half of the base: the adapter is the one of a process that holds all of it."""
+    engines.close()
+    base = random_model(tmp_path / "base", **ARCHITECTURES[name].config)
+    whole, parts = (run_for(base, tmp_path / output) for output in ("whole", "parts"))
+    wanted = read_adapter(train(whole)).lora
+    by_torchrun(parts.model_copy(update={"fsdp": True}), 2)
+    adapter = parts.output / "adapter"
+    for module, lora in read_adapter(adapter).lora.items():
+        torch.testing.assert_close(lora.a, wanted[module].a, atol=2e-3, rtol=0.02)  # an adapter is in bfloat16
+        torch.testing.assert_close(lora.b, wanted[module].b, atol=2e-3, rtol=0.02)
+
+    options: dict[str, Any] = {"model": str(base), "block_size": 32}
+    expected = engines(**options).greedy(prompts[:8], NEW_TOKENS, ignore_eos=True)
+    engine = engines(speculative(adapter, K), **options)
+    assert engine.greedy(prompts[:8], NEW_TOKENS, ignore_eos=True) == expected
+    assert engine.metric("vllm:spec_decode_num_drafts") > 0

@@ -47,7 +47,7 @@ def main(
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(SCENARIOS)}")
     logs = output.with_suffix(".logs")
     logs.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"command": sys.argv, "machine": machine(), "faults": {}}
+    report: dict[str, Any] = {"command": ["python", "-m", "tests.faults", *sys.argv[1:]], "machine": machine(), "faults": {}}
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("plain vLLM's answers", total=len(names))
         plain = Plain(logs)
