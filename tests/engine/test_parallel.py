@@ -59,8 +59,8 @@ def disturb_clock(worker: Any) -> None:
     control, shaper = drafter.control, drafter.shaper
     observe, choose, shapes = control.observe, control.choose, shaper.shapes
 
-    def choosing(num_requests: int) -> tuple[int, ...]:
-        worker.layouts.append(choose(num_requests))
+    def choosing(num_requests: int, context: float) -> tuple[int, ...]:
+        worker.layouts.append(choose(num_requests, context))
         return worker.layouts[-1]
 
     def shaping(*arguments: Any) -> tuple[tuple[int, ...], ...]:

@@ -47,7 +47,7 @@ class RandomControl(LoadControl):
         self.draw, self.now, self.switches = draw, layouts[0], 0
         self.chosen: Counter[tuple[int, ...]] = Counter()
 
-    def choose(self, num_requests: int) -> tuple[int, ...]:
+    def choose(self, num_requests: int, context: float = 0.0) -> tuple[int, ...]:
         if self.draw.random() < 0.5:
             lengths = self.draw.choice(self.layouts)
             self.switches += lengths != self.now

@@ -43,7 +43,7 @@ def _between(samples: Sequence[dict[str, Any]], begin: float, end: float) -> lis
 
 
 def _memory(samples: Sequence[dict[str, Any]]) -> float:
-    return float(np.median([sample["pss"] for sample in samples]))
+    return float(np.median([sample["private"] for sample in samples]))
 
 
 def figures(found: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,9 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
 
     Memory at the start is the median over ten minutes after the warm-up, at the end over the last ten; acceptance is that of the
     first and of the last ten minutes of traffic. Shorter runs have windows of a third of the run. Freed memory is kept, and handed
-    back once it is too much (`vllm_mtp.cpu_memory`), so memory goes up and down: its lowest is what is in use.
+    back once it is too much (`vllm_mtp.cpu_memory`), so memory goes up and down: its lowest is what is in use. Memory is private
+    memory (USS): of shared pages, libraries above all, PSS counts a share, which grows when another server of the same installation
+    ends.
     """
     samples, total = found["samples"], found["samples"][-1]["at"] / 60
     total = min(total, found["minutes"])
@@ -60,11 +62,11 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
     spans = {"start": (after, after + window), "end": (total - window, total)}
     memory = {name: _memory(_between(samples, *span)) for name, span in spans.items()}
     ends = {
-        word: {name: pick(sample["pss"] for sample in _between(samples, *span)) for name, span in spans.items()}
+        word: {name: pick(sample["private"] for sample in _between(samples, *span)) for name, span in spans.items()}
         for word, pick in (("lowest", min), ("highest", max))
     }
     rest = _between(samples, after, total)
-    slope = float(np.polyfit([s["at"] / 3600 for s in rest], [s["pss"] for s in rest], 1)[0]) if len(rest) > 2 else 0.0
+    slope = float(np.polyfit([s["at"] / 3600 for s in rest], [s["private"] for s in rest], 1)[0]) if len(rest) > 2 else 0.0
     accepted = [acceptance(_between(samples, *span)) for span in ((0, window), (total - window, total))]
     lengths = [found_["length"] for found_ in accepted if found_ is not None]
     last = samples[-1]
@@ -117,9 +119,9 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
     samples = found["samples"]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(9, 6))
-    top.plot([s["at"] / 60 for s in samples], [s["pss"] for s in samples], linewidth=0.9)
+    top.plot([s["at"] / 60 for s in samples], [s["private"] for s in samples], linewidth=0.9)
     top.axvline(found["warm_up"], color="grey", linestyle=":", label="end of the warm-up")
-    top.set(ylabel="PSS of the server's processes [MiB]", ylim=(0, 1.15 * max(s["pss"] for s in samples)))
+    top.set(ylabel="private memory of the server's processes [MiB]", ylim=(0, 1.15 * max(s["private"] for s in samples)))
     top.legend(loc="lower right")
     ends = np.arange(5.0, samples[-1]["at"] / 60 + 0.2, 5.0)
     points = [(end, acceptance(_between(samples, end - 5, end))) for end in ends if len(_between(samples, end - 5, end)) > 1]
