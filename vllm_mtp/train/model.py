@@ -283,6 +283,10 @@ class MaskedModel(TrainedModel):
             buffers = [name for name, _ in self.named_buffers(remove_duplicate=False)]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [*frozen, *buffers])
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Stays where it is with its base in parts: those are on their devices, and FSDP2 moves no part that is put together."""
+        return self if self.switched is not None else super().to(*args, **kwargs)
+
     def groups(self, *, lora: bool) -> AbstractContextManager[None]:
         return nullcontext() if self.switched is None else self.switched.groups(lora)
 
