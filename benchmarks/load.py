@@ -130,12 +130,12 @@ def forecast(options: argparse.Namespace) -> dict[str, Any]:
 
     llm = LLM(**arguments(AUTO), hf_overrides={"max_position_embeddings": LONGEST}, max_model_len=LONGEST)
     executor: Any = llm.llm_engine.model_executor
-    control = executor.driver_worker.worker.model_runner.drafter.control
+    runner = executor.driver_worker.worker.model_runner
+    control = runner.drafter.control
     observe, steps = control.observe, []
 
     def watched(tokens: list[int], rows: int, seconds: float, without: int) -> None:
-        batch = llm.llm_engine.model_executor.driver_worker.worker.model_runner.input_batch
-        context = float(batch.num_tokens_no_spec[: batch.num_reqs].mean())
+        context = float(runner.input_batch.num_tokens_no_spec[: len(tokens)].mean())
         steps.append((time.perf_counter(), len(tokens), control.running, context, seconds, control.expected(len(tokens), rows)))
         observe(tokens, rows, seconds, without)
 

@@ -7,17 +7,14 @@ construction, n prefixes cost one forward of real rows, and the backward pass to
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Self, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -28,6 +25,7 @@ from vllm_mtp.sampler_head import SamplerHead
 from vllm_mtp.train import group_attention
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.losses import masked_losses, supervised
+from vllm_mtp.train.parts import Switched, decode, is_in_parts, leave_to_fsdp
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -63,56 +61,6 @@ def _contexts(
     again: Callable[[], AbstractContextManager[None]],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     return nullcontext(), again()
-
-
-def is_in_parts(model: nn.Module) -> bool:
-    """Whether processes hold a part of the model's weights each (FSDP2)."""
-    return isinstance(model, FSDPModule)
-
-
-def _decode(model: PreTrainedModel, **inputs: Any) -> Any:
-    return model.get_decoder()(**inputs)
-
-
-def decode(model: nn.Module, **inputs: Any) -> Any:
-    """The forward of a causal LM without its head. Of a model in parts it must begin at the root, as FSDP2 wants it."""
-    return model.decode_rows(**inputs) if is_in_parts(model) else _decode(model, **inputs)  # type: ignore[arg-type, operator]
-
-
-class Switched:
-    """A base in parts and its LoRA in one tree of modules, for two trees cannot share such weights. It computes as the base does,
-    but for rows of groups while `groups` lasts.
-
-    Args:
-        base: in parts; LoRA is put into it in place.
-        lora: of PEFT.
-    """
-
-    def __init__(self, base: PreTrainedModel, lora: LoraConfig) -> None:
-        self.base, self.attention = base, base.config._attn_implementation
-        base.decode_rows = partial(_decode, base)  # type: ignore[assignment]
-        register_fsdp_forward_method(base, "decode_rows")
-        with torch.no_grad():  # FSDP2 learns where the root is, before the embedding is asked for by itself
-            decode(base, input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
-        self.student: PeftModel = get_peft_model(base, lora)  # type: ignore[assignment]
-        self.layers = [layer for layer in self.student.modules() if isinstance(layer, LoraLayer)]
-        self._open(False)
-
-    def _open(self, lora: bool) -> None:
-        for layer in self.layers:
-            # PEFT's own switch takes requires_grad away, and a backward pass that comes later would leave the gradients out.
-            layer._disable_adapters = not lora
-
-    @contextmanager
-    def groups(self, lora: bool) -> Iterator[None]:
-        """Within it the tree computes rows of groups, with LoRA or without."""
-        self.base.set_attn_implementation(group_attention.NAME)
-        self._open(lora)
-        try:
-            yield
-        finally:
-            self.base.set_attn_implementation(self.attention)
-            self._open(False)
 
 
 class _Real(DynamicLayer):
@@ -277,11 +225,8 @@ class MaskedModel(TrainedModel):
         masks = torch.randn(config.mask_tokens, width, device=base.device) * spread
         self.mask_embeddings = nn.Parameter(masks, requires_grad=config.train_mask_embeddings)
         self.sampler = SamplerHead(width, config.sampler_residual).to(base.device) if config.sampler else None
-
-        if self.switched is not None:  # every process has all that is trained, and DDP's business is with that alone
-            frozen = [name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad]
-            buffers = [name for name, _ in self.named_buffers(remove_duplicate=False)]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [*frozen, *buffers])
+        if self.switched is not None:
+            leave_to_fsdp(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Stays where it is with its base in parts: those are on their devices, and FSDP2 moves no part that is put together."""

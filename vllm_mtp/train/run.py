@@ -10,7 +10,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
 from rich.progress import Progress
 from safetensors import safe_open
@@ -23,8 +22,9 @@ from vllm_mtp.train.curves import LOSSES, write_history
 from vllm_mtp.train.data import Corpus, Sequences, first_prompts, read_corpus
 from vllm_mtp.train.documents import BadLines, DataError, read_documents
 from vllm_mtp.train.export import export, export_checkpoint, load_adapter
-from vllm_mtp.train.model import MaskedModel, TrainedModel, is_in_parts
+from vllm_mtp.train.model import MaskedModel, TrainedModel
 from vllm_mtp.train.on_policy import continue_prompts, end_tokens, on_policy_sequences
+from vllm_mtp.train.parts import in_parts, is_in_parts
 from vllm_mtp.train.self_distill import FullStudent, GatedStudent, add_mask_token
 from vllm_mtp.train.trainer import MaskTrainer, last_checkpoint
 from vllm_mtp.whole_files import whole, write_whole
@@ -108,22 +108,6 @@ def computes_in_bf16(asked: bool | None) -> bool:
     if asked is not None:
         return asked
     return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def in_parts(processes: PartialState) -> dict[str, object]:
-    """What `from_pretrained` needs to give every process a part of the base.
-
-    Raises:
-        DataError: there is but one process, or transformers cannot.
-    """
-    if processes.num_processes == 1:
-        raise DataError("--fsdp shares the base out over processes, and there is one: start with torchrun, or leave it out.")
-    try:
-        from transformers.distributed import DistributedConfig
-
-        return {"distributed_config": DistributedConfig(fsdp_size=processes.num_processes)}
-    except (ImportError, TypeError):
-        raise DataError(f"--fsdp needs transformers 5.19 or later, and {transformers.__version__} is installed.") from None
 
 
 def _model(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> MaskedModel | FullStudent:

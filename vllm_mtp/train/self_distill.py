@@ -20,7 +20,8 @@ from transformers import Cache, PreTrainedModel
 from vllm_mtp.causal_lm import attend_as_defined, check_layers, unembedding
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.losses import masked_losses, supervised
-from vllm_mtp.train.model import MaskedModel, TrainedModel, checkpointed, is_in_parts, read, read_groups, with_group_attention
+from vllm_mtp.train.model import MaskedModel, TrainedModel, checkpointed, read, read_groups, with_group_attention
+from vllm_mtp.train.parts import is_in_parts
 
 EMBEDDING_ROWS = 64
 """A vocabulary that has no slot for the mask token grows to a multiple of this."""

@@ -16,7 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vllm_mtp.train.curves import EVALUATED
 from vllm_mtp.train.evaluate import tokens_per_forward
-from vllm_mtp.train.model import TrainedModel, is_in_parts
+from vllm_mtp.train.model import TrainedModel
+from vllm_mtp.train.parts import is_in_parts
 
 WEIGHTS = "trained.safetensors"
 
