@@ -47,7 +47,7 @@ def truncating(proposer: Any) -> Iterator[None]:
         drafts = propose(*args, **kwargs)
         for i, request in enumerate(proposer.runner.input_batch.req_ids):
             if drafts[i]:
-                sure = proposer.drafted[request].confident(drafts[i])
+                sure = proposer.given.drafted[request].confident(drafts[i])
                 drafts[i] = drafts[i][: (*sure, False).index(False)]
         return drafts
 
@@ -175,6 +175,7 @@ def main() -> None:
             "model": str(options.adapter),
             "num_speculative_tokens": options.k,
             "layout": options.layout,
+            "lookup": False,
             "acceptance": "confidence",
             "tau": 2,
             **({} if options.mask_token_id is None else {"mask_token_id": options.mask_token_id}),

@@ -132,7 +132,7 @@ def main() -> None:
         dtype="bfloat16",
         max_num_seqs=max(options.clients),
         enable_prefix_caching=False,
-        speculative_config={"method": "mtp", "model": str(demo.ADAPTER)},
+        speculative_config={"method": "mtp", "model": str(demo.ADAPTER), "lookup": False},
     )
     proposer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
     k, most = options.k, proposer.k

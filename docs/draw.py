@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from vllm_mtp.cli.eval import tokens_per_forward
 from vllm_mtp.layout import Groups, group_lengths, plan_groups, shapes_of
-from vllm_mtp.shaping import Shaper
+from vllm_mtp.shaping import Shaper, Verified
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 REAL, MASK, ACCEPTED, REJECTED, QUIET = "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#777777"
@@ -111,7 +111,7 @@ def attention() -> Figure:
 def layouts(k: int = 4) -> Figure:
     """Mask rows behind each row of a request, by layout, and under `auto` by how sure its drafts are."""
     shaper = Shaper(k, price=0.06)
-    sure, doubtful = shaper.shapes([("sure", [0.99, 0.98, 0.97, 0.95]), ("doubtful", [0.6, 0.4])], k * (k + 1))
+    sure, doubtful = shaper.shapes([Verified("sure", [0.99, 0.98, 0.97, 0.95]), Verified("doubtful", [0.6, 0.4])], k * (k + 1))
     shown = {
         "quadratic": group_lengths("quadratic", k),
         "[4, 3, 2, 1, 0]": (4, 3, 2, 1, 0),

@@ -27,11 +27,13 @@ class Drafted:
         tokens: the drafts.
         probabilities: of each, as `Drafter.with_confidence` gives them.
         tau: the request's threshold.
+        looked_up: whether they are from the request's own text (`lookup`) and the probabilities from what such drafts became.
     """
 
     tokens: list[int]
     probabilities: list[float]
     tau: float
+    looked_up: bool = False
 
     @cached_property
     def chances(self) -> list[float]:

@@ -119,6 +119,10 @@ class ServingOptions(StrictModel, strict=True):
     """probabilistic: drafts of a request at temperature t are drawn from softmax(scores / t) and accepted with probability
     min(1, p / q); more of them are accepted above temperature 0, and the output has the same distribution."""
 
+    lookup: bool | None = None
+    """Draft also from a request's own text, what followed its last tokens where they stood there before, when that promises more
+    than mask tokens do; acceptance is as ever. With layout auto on the V1 runner, and None means yes there."""
+
     max_mask_rows: Annotated[int, Field(ge=1)] | None = None
     """Most mask rows of a step, however many requests it has; those beyond go without drafts. None: on a CPU as many as
     --max-num-batched-tokens leaves, on an accelerator `load.MASK_ROWS_OF_AN_ACCELERATOR`."""
@@ -161,6 +165,12 @@ class ServingOptions(StrictModel, strict=True):
     def _tau_has_a_use(self) -> "ServingOptions":
         if self.tau is not None and self.acceptance == "lossless":
             raise ValueError('tau is for "acceptance": "confidence", and acceptance is lossless: give both, or neither')
+        return self
+
+    @model_validator(mode="after")
+    def _lookup_is_weighed(self) -> "ServingOptions":
+        if self.lookup and self.layout != "auto":
+            raise ValueError(f"lookup is for layout auto, which weighs it against mask tokens; layout is {self.layout!r}")
         return self
 
     @property

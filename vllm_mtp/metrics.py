@@ -59,7 +59,7 @@ class Metric:
 INFO = Metric(
     "vllm_mtp:info",
     "1; what the engine serves with.",
-    ("adapter", "k", "layout", "acceptance", "tau", "draft_sample_method", "candidates"),
+    ("adapter", "k", "layout", "acceptance", "tau", "draft_sample_method", "candidates", "lookup"),
     "gauge",
 )
 ON = Metric("vllm_mtp:on", "1; 0 once an exception in the plugin has ended speculation, which the log has.", (), "gauge")
@@ -83,13 +83,18 @@ EXPECTED = Metric(
     "Drafts that the drafter expects to be accepted: of each verified draft, its probability times those of the drafts before it.",
     ("position",),
 )
+LOOKUP_DRAFTS = Metric("vllm_mtp:lookup_draft_tokens", "Those of the drafts that were looked up in their request's own text.")
+LOOKUP_ACCEPTED = Metric("vllm_mtp:lookup_accepted_tokens", "Those of the accepted drafts that were looked up.")
 UNMATCHED = Metric("vllm_mtp:unmatched_tokens", "Drafts accepted by confidence where the target's best token was another.")
 SECONDS = Metric(
     "vllm_mtp:seconds",
     "Time of the host: plan (of mask rows), drafter (its forward; on the V1 runner), hand_over (choosing groups, reading drafts).",
     ("part",),
 )
-METRICS = (INFO, ON, STEPS, EXPANDED, REAL_ROWS, MASK_ROWS, DRAFTS, DRAFT_TOKENS, ACCEPTED, EXPECTED, UNMATCHED, SECONDS)
+METRICS = (
+    *(INFO, ON, STEPS, EXPANDED, REAL_ROWS, MASK_ROWS, DRAFTS, DRAFT_TOKENS, ACCEPTED),
+    *(EXPECTED, LOOKUP_DRAFTS, LOOKUP_ACCEPTED, UNMATCHED, SECONDS),
+)
 
 
 class Value(NamedTuple):
@@ -121,6 +126,8 @@ def values(counters: Counters, options: ServingOptions, on: bool = True) -> Iter
         (REAL_ROWS, counters.real_rows),
         (MASK_ROWS, counters.mask_rows),
         (DRAFTS, counters.drafts),
+        (LOOKUP_DRAFTS, counters.lookup_drafted),
+        (LOOKUP_ACCEPTED, counters.lookup_accepted),
         (UNMATCHED, counters.unmatched),
     ):
         yield Value(metric, (), value)
@@ -168,6 +175,9 @@ def line(before: Counters, now: Counters, seconds: float, k: int) -> str:
     ]
     if any(expected):
         parts[-1] += f", expected {_shares(expected, drafts)}"
+    if lookups := now.lookups - before.lookups:
+        of_them = now.lookup_accepted - before.lookup_accepted, now.lookup_drafted - before.lookup_drafted
+        parts.append(f"{100 * lookups / drafts:.0f} % of them of drafts from the text, {of_them[0]} of {of_them[1]} accepted")
     if any(confident):
         best = f"{now.unmatched - before.unmatched} of them not the target's best"
         parts.append(f"by confidence {_shares(confident, drafts)}, {best}")

@@ -45,6 +45,10 @@ class Counters:
     """Those of the accepted ones that were taken without a match."""
     unmatched: int = 0
     """Those of them where the target's best token was another."""
+    lookups: int = 0
+    """Those of the verifications whose drafts were looked up in the request's own text."""
+    lookup_drafted: int = 0
+    lookup_accepted: int = 0
     expected: list[float] = field(default_factory=_by_position)
     """Sums of the probability that a draft and all before it are right, as the drafter sees it."""
 
@@ -59,6 +63,12 @@ class Counters:
             self.drafted[position] += 1
         for position in range(accepted):
             self.accepted[position] += 1
+
+    def looked_up(self, drafted: int, accepted: int) -> None:
+        """Drafts that were verified were from the request's own text."""
+        self.lookups += 1
+        self.lookup_drafted += drafted
+        self.lookup_accepted += accepted
 
     def expect(self, probabilities: Iterable[float]) -> None:
         """A request verified drafts that the drafter thought so likely."""

@@ -142,6 +142,8 @@ def resolve(
     if config is None:
         config = check_foreign(adapter, base, resolved.num_speculative_tokens, cast(int, resolved.mask_token_id))
     _check_servable(resolved, config, model_config, parallel_config)
+    if resolved.lookup is None:
+        resolved = resolved.model_copy(update={"lookup": resolved.layout == "auto" and not runs_on_v2()})
     if request_loras and runs_on_v2():
         raise ConfigurationError(
             "mask-token prediction does not support request LoRA adapters (--enable-lora) on vLLM's V2 model runner yet: "
@@ -217,6 +219,11 @@ def _check_servable(options: ServingOptions, config: AdapterConfig, model_config
             f"layout {options.layout!r} drafts nothing behind a step's first row. vLLM's V2 model runner verifies drafts of every "
             "request in every step, so one that has none could never draft again: use quadratic, auto or a list that begins with a "
             "group, or set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if options.lookup and runs_on_v2():
+        raise ConfigurationError(
+            "lookup is not supported on vLLM's V2 model runner, whose drafts are made before their texts are known on the host: "
+            "leave it out, or set VLLM_USE_V2_MODEL_RUNNER=0"
         )
     if getattr(parallel_config, "use_ubatching", False):
         raise ConfigurationError("mask-token prediction does not support dual batch overlap yet: leave --enable-dbo out")

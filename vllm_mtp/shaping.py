@@ -13,6 +13,9 @@ thinks, and how far its groups reach.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+from typing import NamedTuple
 
 from vllm_mtp.forecast import Acceptance
 
@@ -54,6 +57,20 @@ class Trust:
     def fade(self, share: float) -> None:
         """Comes nearer to taking the drafter at its word."""
         self.accepted = share * self.accepted + (1 - share) * self.expected
+
+
+class Verified(NamedTuple):
+    """A request and the drafts that it verifies in a step.
+
+    Attributes:
+        request: its name.
+        probabilities: of its drafts, as the drafter sees them.
+        goes_on: whether more is at hand if all of them are accepted (`lookup`), so that no mask token is wanted behind the last.
+    """
+
+    request: str
+    probabilities: Sequence[float]
+    goes_on: bool = False
 
 
 @dataclass
@@ -112,44 +129,54 @@ class Shaper:
             request: whose they are.
             probabilities: of its drafts, as the drafter sees them.
         """
-        trust, reached = self._record(request).trust.factor, 1.0
-        for count, probability in enumerate(probabilities):
-            reached *= min(1.0, trust * probability)
-            if reached <= self.price:
-                if not count:
-                    self._record(request).trust.fade(FADES)
-                return count
-        return len(probabilities)
+        count = self.worth_a_row(self.believed(request, probabilities))
+        if probabilities and not count:
+            self._record(request).trust.fade(FADES)
+        return count
 
-    def shapes(self, requests: Sequence[tuple[str, Sequence[float]] | None], room: int) -> tuple[tuple[int, ...], ...]:
+    def believed(self, request: str, probabilities: Sequence[float]) -> list[float]:
+        """Chances of a request's drafts, by what the drafter thinks and what became of others that it thought so of."""
+        trust = self._record(request).trust.factor
+        return [min(1.0, trust * probability) for probability in probabilities]
+
+    def worth_a_row(self, chances: Sequence[float]) -> int:
+        """How many leading drafts are worth a row each.
+
+        Args:
+            chances: that each is accepted if those before it are.
+        """
+        reached = accumulate(chances, mul)
+        return next((count for count, chance in enumerate(reached) if chance <= self.price), len(chances))
+
+    def shapes(self, requests: Sequence[Verified | None], room: int) -> tuple[tuple[int, ...], ...]:
         """Lengths of the groups behind each request's rows: by drafts accepted, one more than it has drafts.
 
         Where there is not enough room, rows are dearer for all of them until there is.
 
         Args:
-            requests: each with the probabilities of the drafts that it verifies; None for one that has no group.
+            requests: of the step; None for one that has no group.
             room: most mask rows.
         """
         price = self.price
         while True:
-            lengths = tuple([() if one is None else self._lengths(*one, price) for one in requests])
+            lengths = tuple([() if one is None else self._lengths(one, price) for one in requests])
             if sum(map(sum, lengths)) <= room or price >= 1.0:
                 break
             price *= DEARER
         for one, groups in zip(requests, lengths, strict=True):
             if one is not None and not any(groups):
-                self._record(one[0]).acceptance.fade(FADES)
+                self._record(one.request).acceptance.fade(FADES)
         return lengths
 
-    def _lengths(self, request: str, probabilities: Sequence[float], price: float) -> tuple[int, ...]:
-        record, count = self._record(request), len(probabilities)
-        trust, further = record.trust.factor, record.acceptance.by_position()
-        sure = [min(1.0, trust * probability) for probability in probabilities]
+    def _lengths(self, verified: Verified, price: float) -> tuple[int, ...]:
+        record, count = self._record(verified.request), len(verified.probabilities)
+        further = record.acceptance.by_position()
+        sure = verified.probabilities if verified.goes_on else self.believed(verified.request, verified.probabilities)
         lengths, reached = [], 1.0
         for accepted in range(count + 1):
             last = reached * (1.0 - sure[accepted]) if accepted < count else reached
             length, gain, asked = 0, last, price * (1.0 + last)
-            while length < self.k:
+            while length < (0 if verified.goes_on and accepted == count else self.k):
                 # What stands there was drafted before, from less: how sure that was tells how hard the text is.
                 before = accepted + 1 + length
                 gain *= (further[length] + sure[before]) / 2 if before < count else further[length]

@@ -192,7 +192,7 @@ def test_random_steps(
     assert bool(moved["prefix_cache_hits"]) == prefix_caching
 
     engine.greedy(["The last one"], 3 * K)  # drafts are made, and those of requests that are gone let go
-    assert len(proposer.drafted) <= 1
+    assert len(proposer.given.drafted) <= 1
     assert leftovers(engine) == (0, 0)
     assert proposer.attention.step is None
     assert bool(written) == in_scratch_blocks

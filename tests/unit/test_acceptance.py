@@ -52,7 +52,7 @@ def test_truncated_drafts_end_at_the_first_below_tau_and_the_rule_ends_with_its_
     class Proposer:
         def __init__(self) -> None:
             kinds = {"a": ([1, 2, 3], [0.9, 0.4, 0.9]), "b": ([4], [0.5]), "c": ([6, 7], [0.1, 1.0])}
-            self.drafted = {request: Drafted(*found, tau=0.5) for request, found in kinds.items()}
+            self.given = SimpleNamespace(drafted={request: Drafted(*found, tau=0.5) for request, found in kinds.items()})
             self.runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a", "none", "b", "c"]))
 
         def propose(self) -> list[list[int]]:

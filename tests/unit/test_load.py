@@ -8,7 +8,7 @@ import pytest
 from vllm_mtp.forecast import Batch
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.load import LoadControl, candidate_layouts, fitting_layouts, rows_of
-from vllm_mtp.shaping import SHAPED, Shaper
+from vllm_mtp.shaping import SHAPED, Shaper, Verified
 
 from .ranks import Rank, on_ranks
 
@@ -56,7 +56,7 @@ class Server:
             lengths = control if isinstance(control, tuple) else control.choose(requests, self.context)
             if lengths == SHAPED and isinstance(control, LoadControl):
                 self.shaper.price = control.price
-                shapes = self.shaper.shapes(list(zip(names, drafts, strict=True)), 1000)
+                shapes = self.shaper.shapes([Verified(*each) for each in zip(names, drafts, strict=True)], 1000)
             else:
                 shapes = tuple(tuple(max(lengths) if j == len(of) < K else lengths[j] for j in range(len(of) + 1)) for of in drafts)
             shapes = ((0,),) * without + shapes[without:]

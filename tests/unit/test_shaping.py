@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_mtp.shaping import Shaper, Trust
+from vllm_mtp.shaping import Shaper, Trust, Verified
 
 K = 4
 chances = st.lists(st.floats(0, 1), max_size=K)
@@ -26,17 +26,17 @@ def shaper_after(acceptance: float, drafts: int = 400) -> Shaper:
 def test_a_sure_request_has_one_long_group_and_a_doubtful_one_a_comb() -> None:
     shaper = shaper_after(0.8)
     shaper.price = 0.05
-    (sure,) = shaper.shapes([("new", [1.0] * K)], 100)
+    (sure,) = shaper.shapes([Verified("new", [1.0] * K)], 100)
     assert sure == (0, 0, 0, 0, K)
     shaper.price = 0.1
-    (doubtful,) = shaper.shapes([("new", [0.5] * 2)], 100)
+    (doubtful,) = shaper.shapes([Verified("new", [0.5] * 2)], 100)
     assert min(doubtful) > 0
     assert doubtful[0] > doubtful[1]
 
 
 def test_a_request_without_drafts_gets_a_group_and_one_that_can_use_none_does_not() -> None:
     shaper = shaper_after(0.8)
-    first, none = shaper.shapes([("new", []), None], 100)
+    first, none = shaper.shapes([Verified("new", []), None], 100)
     assert first[0] > 1
     assert none == ()
 
@@ -47,7 +47,7 @@ def test_dearer_rows_are_never_more(probabilities: list[float], price: float, ti
     counts = []
     for asked in (price, price * times):
         shaper.price = asked
-        (lengths,) = shaper.shapes([("new", probabilities)], 1000)
+        (lengths,) = shaper.shapes([Verified("new", probabilities)], 1000)
         assert len(lengths) == len(probabilities) + 1
         assert max(lengths) <= K
         counts.append((shaper.worth_verifying("new", probabilities), sum(lengths)))
@@ -58,8 +58,17 @@ def test_dearer_rows_are_never_more(probabilities: list[float], price: float, ti
 @given(st.lists(chances, min_size=1, max_size=6), st.integers(0, 30))
 def test_the_rows_of_a_step_have_room(requests: list[list[float]], room: int) -> None:
     shaper = shaper_after(0.9, 50)
-    shapes = shaper.shapes([(str(i), probabilities) for i, probabilities in enumerate(requests)], room)
+    shapes = shaper.shapes([Verified(str(i), probabilities) for i, probabilities in enumerate(requests)], room)
     assert sum(map(sum, shapes)) <= max(room, 0)
+
+
+def test_a_request_whose_text_goes_on_by_itself_has_no_group_behind_its_last_draft() -> None:
+    shaper = shaper_after(0.8)
+    shaper.price = 0.05
+    masked, looked_up = shaper.shapes([Verified("new", [0.7] * 3), Verified("new", [0.7] * 3, goes_on=True)], 100)
+    assert looked_up == (*masked[:3], 0)
+    assert masked[3] > 0
+    assert shaper.shapes([Verified("new", [0.999] * K, goes_on=True)], 100) == ((0,) * (K + 1),)
 
 
 def test_drafts_that_are_not_worth_a_row_are_not_verified() -> None:
@@ -97,7 +106,7 @@ def test_a_request_whose_drafts_were_bad_is_tried_again() -> None:
     for _ in range(60):
         shaper.observe("two", [0.9] * K, 0)
     waited, shaper.price = 0, 0.25
-    while not any(shaper.shapes([("two", [])], 100)[0]) and waited < 100:
+    while not any(shaper.shapes([Verified("two", [])], 100)[0]) and waited < 100:
         waited += 1
     assert 5 < waited < 100
 

@@ -38,6 +38,7 @@ class DemoOptions:
     max_tokens: int
     num_speculative_tokens: int | None
     layout: str | None
+    lookup: bool | None
     rounds: int | None
     enforce_eager: bool
     json_file: Path | None
@@ -55,7 +56,7 @@ class Progress:
 
 def speculative_config(options: DemoOptions) -> dict[str, Any]:
     """The one JSON that selects the plugin."""
-    given = {"num_speculative_tokens": options.num_speculative_tokens, "layout": options.layout}
+    given = {name: getattr(options, name) for name in ("num_speculative_tokens", "layout", "lookup")}
     return {"method": "mtp", "model": options.adapter, **{name: value for name, value in given.items() if value is not None}}
 
 

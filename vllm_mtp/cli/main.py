@@ -39,6 +39,9 @@ def demo(
     max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens a prompt.")] = 128,
     num_speculative_tokens: Annotated[int | None, typer.Option("--num-speculative-tokens", "-k", min=1, help="Drafts.")] = None,
     layout: Annotated[str | None, typer.Option(help="quadratic, linear or auto; the plugin's default when left out.")] = None,
+    lookup: Annotated[
+        bool | None, typer.Option("--lookup/--no-lookup", help="Draft from the text too, or from mask tokens alone.")
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -59,6 +62,7 @@ def demo(
         max_tokens=max_tokens,
         num_speculative_tokens=num_speculative_tokens,
         layout=layout,
+        lookup=lookup,
         rounds=rounds,
         enforce_eager=enforce_eager,
         json_file=json_file,

@@ -16,7 +16,9 @@ from vllm_mtp.config import NO_OPTIONS, RequestOptions
 from vllm_mtp.cost_cache import NUM_TERMS, CostCache, facts
 from vllm_mtp.drafter import SampledDrafts
 from vllm_mtp.forecast import StepCost
+from vllm_mtp.given import GivenDrafts
 from vllm_mtp.layout import capped, shapes_of
+from vllm_mtp.lookup import Lookup
 from vllm_mtp.plan import EngineStep, PlannedStep
 from vllm_mtp.shaping import SHAPED, Shaper
 from vllm_mtp.target import MaskTokenTarget
@@ -43,18 +45,21 @@ class MaskTokenProposer(MaskTokenTarget):
         self.control = load.LoadControl(self.k, parallel.longest)
         self.shaper = Shaper(self.k)
         self.shapes_groups = self.options.layout == "auto"
+        self.speculates = False
+        """Whether the running step is of the way that drafts."""
         self.cost_cache: CostCache | None = None
         self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
         self.verified: list[int] = []
         """Drafts that each request of the running step verifies."""
         self.without_drafts = 0
         """Requests of the running step that asked for none."""
-        self.drafted: dict[str, Drafted] = {}
         self.confident: ConfidentDrafts | None = None
 
     def load_model(self, target: torch.nn.Module) -> None:
         """Installs mask rows in the loaded target; vLLM compiles and profiles it afterwards."""
         self.install(target, self._next_step)
+        shaper, lookup = self.shaper if self.shapes_groups else None, Lookup() if self.options.lookup else None
+        self.given = GivenDrafts(self.planner.counters, shaper, lookup)
 
     @property
     def wants_confidence(self) -> bool:
@@ -100,7 +105,8 @@ class MaskTokenProposer(MaskTokenTarget):
         self.planner.counters.stepped(lengths)
         rows = np.diff(self.runner.query_start_loc.np[: num_requests + 1])
         self.verified, self.num_rows, self.without_drafts = (rows - 1).tolist(), int(rows.sum()), 0
-        if lengths == self.control.plain:
+        self.speculates = lengths != self.control.plain
+        if not self.speculates:
             return None
         request_len = batch.num_computed_tokens_cpu[:num_requests] + rows
         known = batch.num_tokens_no_spec[:num_requests]
@@ -128,17 +134,8 @@ class MaskTokenProposer(MaskTokenTarget):
             drafts: that each verifies; -1 for one that can use no draft.
         """
         self.shaper.price = self.control.price
-        known = [
-            (request, self._probabilities(request, count)) if count >= 0 else None
-            for request, count in zip(requests, drafts, strict=True)
-        ]
+        known = [self.given.verifies(*each) if each[1] >= 0 else None for each in zip(requests, drafts, strict=True)]
         return self.shaper.shapes(known, self.planner.room(self.num_rows))
-
-    def _probabilities(self, request: str, count: int) -> list[float]:
-        """Of the first drafts of `request`, as the drafter sees them; 1 for one that is taken without a match."""
-        drafted = self.drafted.get(request)
-        known = [] if drafted is None else drafted.chances[:count]
-        return known + [0.0] * (count - len(known))
 
     def _max_len(self, request: str) -> int:
         """Tokens at which `request` stops at the latest."""
@@ -165,20 +162,11 @@ class MaskTokenProposer(MaskTokenTarget):
         batch, flags = self.runner.input_batch, []
         for request, scheduled, count in zip(batch.req_ids, batch.spec_token_ids, metadata.num_draft_tokens, strict=False):
             if count:
-                drafted = self.drafted.get(request)
+                drafted = self.given.drafted.get(request)
                 flags += drafted.confident(scheduled) if drafted is not None else [False] * count
         device = metadata.draft_token_ids.device
         self.confident = ConfidentDrafts(torch.tensor(flags, device=device)) if any(flags) else None
         return self.confident
-
-    def _remember(self, requests: list[str], drafts: list[list[int]], probabilities: list[list[float]]) -> None:
-        """Keeps the drafts of `requests` until they are verified, which may be some steps later."""
-        if len(self.drafted) > len(self.runner.requests):
-            self.drafted = {request: drafted for request, drafted in self.drafted.items() if request in self.runner.requests}
-        for request, tokens, chances in zip(requests, drafts, probabilities, strict=True):
-            asked = self._asked(request).mtp_tau
-            tau = self.options.default_tau if asked is None else asked
-            self.drafted[request] = Drafted(tokens, chances, tau if self.by_confidence else math.inf)
 
     def _observe(self, now: float, sampled_token_ids: list[list[int]]) -> None:
         """Tells the control of layouts what the step gave, if it and the step before it decoded for the same requests."""
@@ -194,19 +182,13 @@ class MaskTokenProposer(MaskTokenTarget):
 
     def _count(self, sampled_token_ids: list[list[int]]) -> None:
         """Counts what became of the step's drafts."""
-        batch, counters = self.runner.input_batch, self.planner.counters
+        batch = self.runner.input_batch
         drafted = list(map(len, batch.spec_token_ids))
         if not any(drafted):
             return
         for request, count, tokens in zip(batch.req_ids, drafted, sampled_token_ids, strict=False):
             if count and tokens:
-                counters.verified(count, len(tokens) - 1)
-                if request in self.drafted:
-                    counters.expect(self.drafted[request].probabilities[:count])
-                if self.shapes_groups:
-                    self.shaper.observe(request, self._probabilities(request, count), len(tokens) - 1)
-        if self.shapes_groups:
-            self.shaper.keep(batch.req_ids)
+                self.given.verified(request, count, len(tokens) - 1)
         if self.by_confidence:
             self._count_confident(drafted, sampled_token_ids)
 
@@ -232,69 +214,98 @@ class MaskTokenProposer(MaskTokenTarget):
 
         Args:
             sampled_token_ids: what each request's rows gave this step, accepted drafts and one token more; empty for prompt chunks.
+            num_tokens_no_spec, token_ids_cpu: each request's number of tokens with those, and its tokens.
         """
         if self.freed_memory is not None:
             self.freed_memory.trim()
         if not self.breaker.is_open:
             try:
-                return self._drafts(sampled_token_ids, num_tokens_no_spec)
+                return self._drafts(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
             except Exception as error:
                 self.breaker.trip("drafting", error)
         return [[] for _ in sampled_token_ids]
 
-    def _drafts(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any) -> list[list[int]]:
+    def _drafts(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any) -> list[list[int]]:
         begin = time.perf_counter()
         if self.shapes_groups:
             self._observe(begin, sampled_token_ids)
         self._count(sampled_token_ids)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        states = self.expansion.last
-        if states is None:
+        if not self.speculates:
             return drafts
-        groups, hidden = states.groups, states.hidden
-        chosen = []  # (request, group, drafts it can use)
-        for i, tokens in enumerate(sampled_token_ids):
-            group = groups.after[i][len(tokens) - 1] if tokens else -1
-            usable = min(groups.lengths[group], self.max_lens[i] - int(num_tokens_no_spec[i])) if group >= 0 else 0
-            if usable > 0:
-                chosen.append((i, group, usable))
-        if not chosen:
-            return drafts
-        last = groups.num_rows - 1
+        requests = self.runner.input_batch.req_ids
+        self.given.keep(requests, self.runner.requests)
         drawn = self.probabilistic and not self.runner.input_batch.sampling_metadata.all_greedy
+        groups = None if self.expansion.last is None else self.expansion.last.groups
+        chosen = []  # (request, group, drafts it can use)
+        looked_up: dict[int, Drafted] = {}
+        for i, tokens in enumerate(sampled_token_ids):
+            if not tokens:
+                continue
+            num_tokens = int(num_tokens_no_spec[i])
+            usable = self.max_lens[i] - num_tokens
+            group = -1 if groups is None else groups.after[i][len(tokens) - 1]
+            if groups is not None and group >= 0 and usable > 0:
+                chosen.append((i, group, min(groups.lengths[group], usable)))
+            if not drawn:
+                wanted = min(self._most_drafts(requests[i]), usable - 1)
+                found = self.given.look_up(requests[i], token_ids_cpu[i, :num_tokens], tokens, wanted)
+                if found is not None:
+                    looked_up[i] = found
+        drafter_time = 0.0
+        if chosen:
+            ids, probabilities, drafter_time = self._from_states(chosen, sampled_token_ids, num_tokens_no_spec, drawn=drawn)
+            for row, (i, _, usable) in enumerate(chosen):
+                if probabilities is None:
+                    drafts[i] = ids[row][:usable]
+                else:
+                    own = Drafted(ids[row], probabilities[row], self._tau(requests[i]))
+                    drafts[i] = self.given.give(requests[i], own, usable, looked_up.pop(i, None))
+        for i, found in looked_up.items():
+            drafts[i] = self.given.give_rival(requests[i], found)
+        self.planner.counters.drafter_time += drafter_time
+        self.planner.counters.draft_time += time.perf_counter() - begin - drafter_time
+        return drafts
+
+    def _tau(self, request: str) -> float:
+        """The threshold from which on `request`'s drafts are taken without a match."""
+        if not self.by_confidence:
+            return math.inf
+        asked = self._asked(request).mtp_tau
+        return self.options.default_tau if asked is None else asked
+
+    def _from_states(
+        self, chosen: list[tuple[int, int, int]], sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, *, drawn: bool
+    ) -> tuple[list[list[int]], list[list[float]] | None, float]:
+        """Drafts of mask states, their probabilities if they are wanted, and the seconds that the drafter took.
+
+        Args:
+            chosen: (request, group, drafts it can use), R of them.
+            sampled_token_ids, num_tokens_no_spec: as `propose` takes them.
+            drawn: whether drafts are drawn.
+        """
+        assert self.expansion.last is not None
+        groups, hidden = self.expansion.last.groups, self.expansion.last.hidden
+        last = groups.num_rows - 1
         wanted = max(usable for _, _, usable in chosen) if self.drafts_any_number and not drawn else self.k
         rows = torch.tensor(
             [[min(groups.starts[group] + m, last) for m in range(wanted)] for _, group, _ in chosen], device=hidden.device
         )
         sampled = torch.tensor([sampled_token_ids[i][-1] for i, _, _ in chosen], device=hidden.device)
-        drafting = time.perf_counter()
-        probabilities = None
+        begin, probabilities = time.perf_counter(), None
         if drawn:
             last_positions = [int(num_tokens_no_spec[i]) - 1 for i, _, _ in chosen]
             found = self._sampled_drafts(hidden, rows, sampled, [i for i, _, _ in chosen], last_positions)
-            ids = found.drafts.tolist()
+            best = found.drafts
             if self.wants_confidence:
                 probabilities = found.confidence()
         elif self.wants_confidence:
             best, probabilities = self.draft_with_confidence(hidden, rows, sampled)
-            ids = best.tolist()
         else:
-            ids = self.draft(hidden, rows, sampled).tolist()
-        if probabilities is not None:
-            self._remember([self.runner.input_batch.req_ids[i] for i, _, _ in chosen], ids, parallel.of_first_rank(probabilities))
-        drafted = time.perf_counter()
-        for (i, _, usable), row in zip(chosen, ids, strict=True):
-            drafts[i] = row[: self._worth_verifying(self.runner.input_batch.req_ids[i], usable)]
-        counters = self.planner.counters
-        counters.drafter_time += drafted - drafting
-        counters.draft_time += drafting - begin + time.perf_counter() - drafted
-        return drafts
-
-    def _worth_verifying(self, request: str, usable: int) -> int:
-        """How many of a request's first `usable` drafts to hand out."""
-        if not self.shapes_groups:
-            return usable
-        return self.shaper.worth_verifying(request, self._probabilities(request, usable))
+            best = self.draft(hidden, rows, sampled)
+        ids = best.tolist()
+        known = None if probabilities is None else parallel.of_first_rank(probabilities)
+        return ids, known, time.perf_counter() - begin
 
     def _sampled_drafts(
         self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor, requests: list[int], last_positions: list[int]
