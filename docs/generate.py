@@ -206,16 +206,23 @@ def acceptance(*ways: tuple[str, str]) -> str:
     return table(["text", "layout, head", *(f"k = {k}" for k in DRAFTS)], rows)
 
 
-def speed(name: str = "demo.json") -> str:
-    """The table of `vllm-mtp demo`, and what it was measured on."""
+def speed(name: str = "demo.json", alone: str | None = None) -> str:
+    """The table of `vllm-mtp demo`, and what it was measured on.
+
+    Args:
+        name: figures of the run.
+        alone: figures of one with `--no-lookup`, which stand beside them.
+    """
     report = measured(name)
     machine, speculative = report["machine"], report["speculative_config"]
-    parts = [(f"1, {domain}", figures) for domain, figures in report["domains"].items()]
-    rows = []
-    for clients, figures in [*parts, *((str(figures["concurrency"]), figures) for figures in report["comparisons"])]:
-        second, (low, high) = figures["tokens_per_second"], figures["ratio_range"]
-        ratio, forward = f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{figures['tokens_per_forward']['ours']:.2f}"
-        rows.append([clients, f"{second['plain']:.0f}", f"{second['ours']:.0f}", ratio, forward])
+    columns = ["clients", "plain vLLM", "with vllm-mtp", "ratio", "tokens a forward"]
+    rows = [
+        [clients, *(f"{figures['tokens_per_second'][of]:.0f}" for of in ("plain", "ours")), *_ratio_and_tokens(figures)]
+        for clients, figures in _of_clients(report)
+    ]
+    if alone is not None:
+        columns += ["mask tokens alone: ratio", "tokens a forward"]
+        rows = [[*row, *_ratio_and_tokens(figures)] for row, (_, figures) in zip(rows, _of_clients(measured(alone)), strict=True)]
     pairs = " and ".join(dict.fromkeys(str(len(figures["runs"]["ratios"])) for figures in report["comparisons"]))
     k = speculative.get("num_speculative_tokens") or read_config(demo.ADAPTER).num_mask_tokens
     versions = machine["versions"]
@@ -224,9 +231,19 @@ def speed(name: str = "demo.json") -> str:
     return (
         f"**Tokens a second**, `vllm-mtp demo`, k = {k}, layout "
         f"`{speculative.get('layout', 'auto')}`, bf16, {'eager' if report['options']['enforce_eager'] else 'compiled'}, medians of "
-        f"{pairs} pairs (lowest to highest); {vllm}, {machine['cores']} cores of an {processor}:\n\n"
-        + table(["clients", "plain vLLM", "with vllm-mtp", "ratio", "tokens a forward"], rows)
+        f"{pairs} pairs (lowest to highest); {vllm}, {machine['cores']} cores of an {processor}:\n\n" + table(columns, rows)
     )
+
+
+def _of_clients(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Figures of `vllm-mtp demo`: of each domain with one client, then by clients."""
+    domains = [(f"1, {domain}", figures) for domain, figures in report["domains"].items()]
+    return [*domains, *((str(figures["concurrency"]), figures) for figures in report["comparisons"])]
+
+
+def _ratio_and_tokens(figures: dict[str, Any]) -> list[str]:
+    low, high = figures["ratio_range"]
+    return [f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{figures['tokens_per_forward']['ours']:.2f}"]
 
 
 def load_by_clients() -> str:

@@ -306,7 +306,7 @@ class MaskTokenTarget:
             "up to %d mask rows a decoding request and %d a step, %d scratch blocks (%.0f MiB)",
             self.options.adapter,
             self.k,
-            self.options.layout,
+            f"{self.options.layout} with lookup" if self.options.lookup else self.options.layout,
             self.options.draft_sample_method,
             f"by confidence from {self.options.default_tau:g}" if self.by_confidence else "lossless",
             max(sum(lengths) for lengths in self.layouts),
