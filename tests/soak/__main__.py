@@ -57,7 +57,8 @@ class Soak:
     def __init__(self, requests: list[Asked], expected: dict[int, Any], output: Path, found: dict[str, Any]) -> None:
         self.requests, self.expected, self.output = requests, expected, output
         self.outcomes: dict[str, Counter[str]] = {}
-        self.found: dict[str, Any] = {**found, "sent": 0, "tokens": 0, "compared": 0, "differing": 0, "findings": [], "samples": []}
+        self.found: dict[str, Any] = {**found, **dict.fromkeys(("sent", "tokens", "compared", "differing"), 0)}
+        self.found |= {"findings": [], "samples": [], "missed_samples": []}
 
     def count(self, index: int, answer: Answer) -> None:
         """Takes the answer to request `index` of the cycle."""
@@ -91,6 +92,10 @@ class Soak:
         self.found["samples"].append(
             {"at": self.seconds, "sent": self.found["sent"], "tokens": self.found["tokens"], **server.usage(), "metrics": metrics}
         )
+
+    def memory(self) -> float:
+        """Private memory of the server's processes in the last sample [MiB]."""
+        return self.found["samples"][-1]["private"] if self.found["samples"] else 0.0
 
     def save(self, complete: bool = False) -> None:
         """Writes the file, whole or not at all."""
@@ -131,11 +136,14 @@ class Soak:
     async def _watch(self, server: Server, progress: Progress, bar: Any) -> None:
         saved = 0.0
         while server.process.poll() is None:
-            await asyncio.to_thread(self.sample, server)
+            try:
+                await asyncio.to_thread(self.sample, server)
+            except Exception as error:  # of one sample; the traffic goes on
+                self.found["missed_samples"].append({"at": self.seconds, "why": repr(error)})
             if self.seconds - saved >= SAVE_SECONDS:
                 self.save()
                 saved = self.seconds
-            words = f"{self.found['sent']} sent, {len(self.found['findings'])} findings, {self.found['samples'][-1]['pss']:.0f} MiB"
+            words = f"{self.found['sent']} sent, {len(self.found['findings'])} findings, {self.memory():.0f} MiB"
             progress.update(bar, completed=self.seconds, description=words)
             await asyncio.sleep(SAMPLE_SECONDS)
 

@@ -121,6 +121,7 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
         "preemptions": last["metrics"].get("num_preemptions_total"),
         "left_over_at_the_end": left,
         "cores_used": round((samples[-1]["cpu_seconds"] - samples[0]["cpu_seconds"]) / (samples[-1]["at"] - samples[0]["at"]), 3),
+        "missed_samples": len(found.get("missed_samples", ())),
         "missed": missed,
     }
 
