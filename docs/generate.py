@@ -235,6 +235,11 @@ def speed(name: str = "demo.json", alone: str | None = None) -> str:
     )
 
 
+def speed_of_both() -> str:
+    """`speed`, with mask tokens alone beside it."""
+    return speed(alone="demo_masks.json")
+
+
 def _of_clients(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Figures of `vllm-mtp demo`: of each domain with one client, then by clients."""
     domains = [(f"1, {domain}", figures) for domain, figures in report["domains"].items()]
@@ -396,7 +401,11 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "equal drafts": equal_drafts,
     },
     "confidence.md": {"confidence": confidence, "distilled": lambda: confidence("distil_soft.json")},
-    "../README.md": {"acceptance": lambda: acceptance(("quadratic", "sampler")), "speed": speed, "methods": methods},
+    "../README.md": {
+        "acceptance": lambda: acceptance(("quadratic", "sampler")),
+        "speed": lambda: speed(alone="demo_masks.json"),
+        "methods": methods,
+    },
     "../vllm_mtp/demo/MODEL_CARD.md": {
         "acceptance": lambda: acceptance(*itertools.product(("quadratic", "linear"), ("sampler", "plain"))),
     },
