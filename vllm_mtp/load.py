@@ -20,6 +20,7 @@ from vllm_mtp.shaping import FIRST_PRICE, LOWEST_PRICE, SHAPED
 SETTLE = 2  # steps after a change that still verify, or pay for, what was asked for before it
 BURST = 24
 TRIAL = 8  # steps of a burst that tries the other way
+PATIENCE = 3  # steps that are not comparable, over those that a trial has, after which it is given up
 FIRST_RETRY, LAST_RETRY = 8, 64  # bursts until it is tried again; doubled each time it loses
 COST_OF_LOOKING = 0.003  # share of the time that trials may cost; what is far off waits longer
 CLEARLY = 1.02  # drafts take over if they promise twice this more; plain decoding takes over even with so much less
@@ -204,6 +205,8 @@ class LoadControl:
         self._context = self._priced_at = 0.0
         self._steps: list[_Step] = []
         """Those of the running burst."""
+        self._skipped = 0
+        """Steps beside them that were not comparable."""
         self._without = 0
         """Requests in them, counted in every step, that wanted no drafts."""
 
@@ -235,9 +238,25 @@ class LoadControl:
             return
         self._steps.append(_Step(len(tokens), rows, self._context, sum(tokens), seconds))
         self._without += without
-        if len(self._steps) == self._length:
+        count = len(self._steps)
+        if count == self._length or (count >= TRIAL and count + self._skipped >= 2 * self._length):
             self._finish()
             self._start(len(tokens))
+
+    def skip(self, num_requests: int) -> None:
+        """A step of `num_requests` requests went by that is not comparable.
+
+        Where most are not, since requests are short and many, a burst ends with fewer steps, and a trial that sees too few of its
+        own ends with none: the other way would run on for want of a verdict.
+        """
+        self._skipped += 1
+        bucket = self._buckets.get(self._bucket)
+        if bucket is None or self._drafts == bucket.drafts or self._skipped < PATIENCE * self._length:
+            return
+        other = bucket.way(self._drafts)
+        other.due, other.wait = bucket.bursts + other.wait, min(LAST_RETRY, 2 * other.wait)
+        self._trial, self._rested = None, False
+        self._start(num_requests)
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -256,8 +275,9 @@ class LoadControl:
 
     def _known(self, bucket: int) -> _Bucket:
         if bucket not in self._buckets:
-            near = min(self._buckets, key=lambda other: abs(other - bucket), default=None)
-            self._buckets[bucket] = _Bucket(HOPED_GAIN if near is None else self._buckets[near].gain)
+            # What trials have shown at the next batch size is nearer to the truth than the forecast alone.
+            near = self._buckets.get(min(self._buckets, key=lambda other: abs(other - bucket), default=-1), _Bucket(HOPED_GAIN))
+            self._buckets[bucket] = _Bucket(near.gain, _Way(near.plain.slowness), _Way(near.shaped.slowness))
         return self._buckets[bucket]
 
     def _forecast(self, num_requests: float, rows: float) -> float:
@@ -309,7 +329,7 @@ class LoadControl:
                 if self._drafts:  # at the price itself there might be nothing to see
                     self.price *= BARGAIN
         self._settling = SETTLE if self._drafts != before else 0
-        self._steps, self._without = [], 0
+        self._steps, self._skipped, self._without = [], 0, 0
 
     def _finish(self) -> None:
         """Learns from a burst.

@@ -7,7 +7,7 @@ import pytest
 
 from vllm_mtp.forecast import Batch
 from vllm_mtp.layout import group_lengths
-from vllm_mtp.load import LoadControl, candidate_layouts, fitting_layouts, rows_of
+from vllm_mtp.load import BURST, LoadControl, candidate_layouts, fitting_layouts, rows_of
 from vllm_mtp.shaping import SHAPED, Shaper, Verified
 
 from .ranks import Rank, on_ranks
@@ -262,3 +262,26 @@ def test_ranks_with_different_clocks_choose_alike_if_they_agree_on_the_times(agr
     first, *others = on_ranks(3, chosen)
     assert all(other == first for other in others) is agreed
     assert len(set(first)) > 2
+
+
+def test_a_trial_that_is_never_comparable_is_given_up() -> None:
+    """Short requests, many at once: a prompt is in nearly every step, and drafts would run on while their verdict is waited for."""
+    control = LoadControl(K)
+    for _ in range(20 * BURST):
+        drafts = control.choose(16) == SHAPED
+        control.observe([4 if drafts else 1] * 16, 160 if drafts else 16, 0.05 if drafts else 0.01)
+    for _ in range(100 * BURST):
+        if control.choose(16) == SHAPED:
+            break
+        control.observe([1] * 16, 16, 0.01)
+    assert control.choose(16) == SHAPED
+    skipped = 0
+    while control.choose(16) == SHAPED:
+        control.skip(16)
+        skipped += 1
+        assert skipped < 2 * BURST
+    bursts = 0
+    while control.choose(16) != SHAPED and bursts < 5 * BURST:
+        control.observe([1] * 16, 16, 0.01)
+        bursts += 1
+    assert bursts >= 5 * BURST  # and not tried again at once

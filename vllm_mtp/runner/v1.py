@@ -179,6 +179,8 @@ class MaskTokenProposer(MaskTokenTarget):
             self.control.observe([len(tokens) for tokens in sampled_token_ids], rows, now - before, self.without_drafts)
             if self.cost_cache is not None and self.control.cost.is_fitted:
                 self.cost_cache.keep(self.control.cost.terms)
+        else:
+            self.control.skip(len(running))
 
     def _count(self, sampled_token_ids: list[list[int]]) -> None:
         """Counts what became of the step's drafts."""
