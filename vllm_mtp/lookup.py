@@ -1,8 +1,8 @@
 """Drafts from the request's own text: where its last tokens stood before, what followed them then.
 
 Text that repeats itself (code that is edited, a quoted document, a table) is known without a model, and costs no mask rows, only
-those that verify. So a request takes what followed if that promises more than its mask tokens have brought of late, and its step
-has no group behind the last draft, for the text will go on as it did. How likely such a draft is depends on how many tokens match
+those that verify. So a request takes what followed if that promises more than its mask tokens do (`given`), and its step has no
+group behind the last draft, for the text will go on as it did. How likely such a draft is depends on how many tokens match
 in front of it; that is learned from what is generated, whether it was drafted or not. No vLLM import.
 
 The idea is prompt lookup's (vLLM: v1/spec_decode/ngram_proposer.py); what is new is that it is weighed against the mask tokens.
@@ -50,10 +50,11 @@ def look_up(tokens: np.ndarray, wanted: int) -> Found | None:
         wanted: how many that followed, 1 or more.
     """
     tokens = tokens[-REACH:]
-    at = _last(tokens, SHORTEST)
+    text = tokens.tobytes()
+    at = _last(text, SHORTEST, tokens.itemsize)
     if at < 0:
         return None
-    if (better := _last(tokens, LONGER)) >= 0:
+    if (better := _last(text, LONGER, tokens.itemsize)) >= 0:
         at = better
     end, count = len(tokens), min(at, MATCHES[-1])
     differ = np.flatnonzero(tokens[at - count : at][::-1] != tokens[end - count :][::-1])
@@ -64,11 +65,10 @@ def look_up(tokens: np.ndarray, wanted: int) -> Found | None:
     return Found((followed * (wanted // period + 1))[:wanted], int(differ[0]) if differ.size else count)
 
 
-def _last(tokens: np.ndarray, count: int) -> int:
-    """Where the last `count` tokens stood for the last time before: the place behind them; below 0 if nowhere."""
-    if len(tokens) <= count:
+def _last(text: bytes, count: int, size: int) -> int:
+    """Where the last `count` tokens, of `size` bytes each, stood for the last time before: the place behind them, or -1."""
+    if len(text) <= count * size:
         return -1
-    size, text = tokens.itemsize, tokens.tobytes()
     wanted, end = text[-count * size :], len(text) - size
     while (at := text.rfind(wanted, 0, end)) >= 0:
         if at % size == 0:

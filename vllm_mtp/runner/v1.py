@@ -249,7 +249,7 @@ class MaskTokenProposer(MaskTokenTarget):
             group = -1 if groups is None else groups.after[i][len(tokens) - 1]
             if groups is not None and group >= 0 and usable > 0:
                 chosen.append((i, group, min(groups.lengths[group], usable)))
-            if not drawn:
+            if self.options.lookup and not drawn:
                 wanted = min(self._most_drafts(requests[i]), usable - 1)
                 found = self.given.look_up(requests[i], token_ids_cpu[i, :num_tokens], tokens, wanted)
                 if found is not None:
