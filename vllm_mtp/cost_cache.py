@@ -33,7 +33,7 @@ class _Kept(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     facts: dict[str, Any]
-    terms: tuple[Annotated[float, Field(gt=0, lt=1e3)], Term, Term, Term, Term, Term, Term]
+    terms: tuple[Annotated[float, Field(gt=0, lt=1e3)], Term, Term, Term, Term, Term, Term, Term]
 
 
 def facts(config: VllmConfig) -> dict[str, Any]:

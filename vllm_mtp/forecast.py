@@ -11,7 +11,7 @@ FORGET = 0.98  # what is left of what older bursts of steps have shown when a ne
 DRAFTS_IN_MIND = 300.0
 """Drafts at a position after which older ones begin to count less."""
 NOISE = 0.05  # relative, of a burst's mean step time
-WITHOUT_DRAFTS, OF_DRAFTS = [0, 1, 5], [2, 3, 4, 6]  # terms of a step's cost
+WITHOUT_DRAFTS, OF_DRAFTS, OF_PROMPTS = [0, 1, 5], [2, 3, 4, 6], [7]  # terms of a step's cost
 
 
 class Acceptance:
@@ -59,43 +59,44 @@ class Batch(NamedTuple):
 
     Attributes:
         requests: that decode.
-        rows: verified ones and mask rows.
+        rows: of these: verified ones and mask rows.
         context: tokens of a request.
+        prompt_rows: of prompts, beside those.
     """
 
     requests: float
     rows: float
     context: float = 0.0
+    prompt_rows: float = 0.0
 
     @property
     def facts(self) -> np.ndarray:
-        """What each term of a step's cost is multiplied with, shape [7]."""
+        """What each term of a step's cost is multiplied with, shape [8]."""
         extra, context = self.rows - self.requests, self.context / 1000
-        return np.array(
-            [1.0, self.requests, extra, extra > 0, self.requests * (extra > 0), self.requests * context, extra * context]
-        )
+        of_drafts = [extra, extra > 0, self.requests * (extra > 0)]
+        return np.array([1.0, self.requests, *of_drafts, self.requests * context, extra * context, self.prompt_rows])
 
 
 class StepCost:
     """Seconds of a step by what is in it: a linear model, fitted to bursts of steps, newer ones counting more.
 
-    seconds = a + b requests + c extra + [has extra] (d + e requests) + context (f requests + g extra), where extra are the rows but
-    for one a request, and context is in thousands of tokens. What bursts have not told apart yet is believed to be shared out as on
-    a machine that was known before. Machines have neighbours, and the same step takes longer for a while: a caller should bring
-    bursts in pairs, of two layouts one right after the other, or what two such took more or less.
+    seconds = a + b requests + c extra + [has extra] (d + e requests) + context (f requests + g extra) + h prompt rows, where extra
+    are the rows but for one a request, and context is in thousands of tokens. What bursts have not told apart yet is believed to be
+    shared out as on a machine that was known before. Machines have neighbours, and the same step takes longer for a while: a caller
+    should bring bursts in pairs, of two layouts one right after the other, or what two such took more or less.
 
     Args:
-        terms: a .. g as an earlier server found them (`self.terms`), in seconds; None: nothing is known.
+        terms: a .. h as an earlier server found them (`self.terms`), in seconds; None: nothing is known.
     """
 
-    BELIEVED = np.array([1.0, 0.08, 0.03, 0.25, 0.02, 0.1, 0.05])
+    BELIEVED = np.array([1.0, 0.08, 0.03, 0.25, 0.02, 0.1, 0.05, 0.03])
     """The terms beside a, before anything is known and without prejudice: each may as well be twice that or nothing."""
 
     def __init__(self, terms: Sequence[float] | None = None) -> None:
         self.is_fitted = False
         self.terms = np.eye(len(self.BELIEVED))[0]
         self.precision = np.eye(len(self.BELIEVED))
-        """Of the terms, [7, 7]: the inverse of their covariance."""
+        """Of the terms, [8, 8]: the inverse of their covariance."""
         if terms is not None:
             self._believe(np.array(terms, dtype=float))
 
@@ -135,4 +136,10 @@ class StepCost:
     def predict(self, batch: Batch) -> float:
         """Seconds of such a step, 1 for all before the first burst; of more rows never less than of none but the requests' own."""
         cost = batch.facts * self.terms
-        return max(float(cost[WITHOUT_DRAFTS].sum()), 1e-9) + max(float(cost[OF_DRAFTS].sum()), 0.0)
+        more = (max(float(cost[terms].sum()), 0.0) for terms in (OF_DRAFTS, OF_PROMPTS))
+        return max(float(cost[WITHOUT_DRAFTS].sum()), 1e-9) + sum(more)
+
+    def is_mostly_prompts(self, batch: Batch) -> bool:
+        """Whether prompts take more of such a step than all else in it."""
+        cost = batch.facts * (self.terms if self.is_fitted else self.BELIEVED)
+        return float(cost[OF_PROMPTS].sum()) > float(cost.sum()) / 2

@@ -8,9 +8,12 @@ beside those before and after it corrects the forecast: a machine has neighbours
 and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
 """
 
+import math
 import statistics
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from vllm_mtp.forecast import Batch, StepCost
@@ -28,8 +31,11 @@ LEARN = 0.5  # how fast trials correct what one way costs beside the forecast
 UNSETTLED = 1.15  # a trial means nothing where the other way's own steps changed so much meanwhile
 REMEMBER = 0.99  # what is left of such a correction a burst later
 HOPED_GAIN = 1.8, 6.0  # tokens and rows of a request with drafts, before one was seen
-BARGAIN = 0.5  # share of the price at which a trial looks at drafts
+DEARER = 1.5  # drafts that lost when a row was held so many times cheaper have not lost: there were too many of them
+RECENT = 8  # bursts with drafts; what one before them brought means nothing if rows have become dearer or cheaper
 NEW = 0.3  # share of a burst in what is known of tokens and rows
+ALIKE = 0.1  # share by which the number of requests may differ between steps of a burst that are told apart by something else
+KINDS_OF_ROWS = attrgetter("rows"), attrgetter("prompt_rows")  # of a step, which the steps of a burst may differ in
 TOLD_APART = 0.2  # share by which steps must differ from others, in rows or in context, to tell what that takes
 
 
@@ -132,12 +138,10 @@ class _Bucket:
 
     Attributes:
         plain, shaped: the two ways.
-        gain: tokens and rows of a request in a step with drafts, in the mean.
         drafts: whether steps have drafts, but for trials.
         pace: what its steps take of late, of what was forecast; it changes with the machine's neighbours, for both ways alike.
     """
 
-    gain: tuple[float, float]
     plain: _Way = field(default_factory=_Way)
     shaped: _Way = field(default_factory=_Way)
     drafts: bool = True
@@ -155,12 +159,13 @@ class _Step(NamedTuple):
     requests: float
     rows: float
     context: float
+    prompt_rows: float
     tokens: float
     seconds: float
 
     @property
     def batch(self) -> Batch:
-        return Batch(self.requests, self.rows, self.context)
+        return Batch(self.requests, self.rows, self.context, self.prompt_rows)
 
 
 @dataclass
@@ -193,13 +198,17 @@ class LoadControl:
         self.plain = (0,) * (k + 1)
         self.price = FIRST_PRICE
         """Of a row, in tokens."""
+        self._gains: dict[int, tuple[float, float]] = {}
+        """Tokens and rows of a request in a step with drafts, by price, each level of which is `DEARER` times the one before."""
+        self._seen: deque[int] = deque(maxlen=RECENT)
+        """Levels of the last bursts with drafts."""
         self._buckets: dict[int, _Bucket] = {}
         self._bucket = -1
         self._drafts = True
         self._length, self._settling = BURST, 0
         self._rested = False
         """Whether the last burst was one of the better way at this batch size, which a trial can be held against."""
-        self._last = _Step(0, 0, 0, 0, 0)
+        self._last = _Step(0, 0, 0, 0, 0, 0)
         """That burst."""
         self._trial: _Trial | None = None
         self._context = self._priced_at = 0.0
@@ -220,23 +229,28 @@ class LoadControl:
             self._reconsider(num_requests)
         return self.running
 
-    def observe(self, tokens: Sequence[int], rows: int, seconds: float, without: int = 0) -> None:
-        """Takes in a step that only decoded.
+    def observe(self, tokens: Sequence[int], rows: int, seconds: float, without: int = 0, prompt_rows: int = 0) -> None:
+        """Takes in a step.
 
-        Steps with prompts in them, and those after an idle server, are not comparable and must not be given.
+        Those after an idle server are not comparable and must not be given; those that are mostly prompts are left out here.
 
         Args:
-            tokens: that each request got.
-            rows: of the step, mask rows among them.
+            tokens: that each request got, of those that got any.
+            rows: of these requests, mask rows among them and prompts not.
             seconds: from the end of the step before to its own.
             without: requests that wanted no drafts. They say nothing of what drafts bring, and a step of them alone says nothing.
+            prompt_rows: of the step; of a prompt that ends in it all but the last one.
         """
         if without == len(tokens):
+            return
+        step = _Step(len(tokens), rows, self._context, prompt_rows, sum(tokens), seconds)
+        if self.cost.is_mostly_prompts(step.batch):
+            self.skip(len(tokens))
             return
         if self._settling:
             self._settling -= 1
             return
-        self._steps.append(_Step(len(tokens), rows, self._context, sum(tokens), seconds))
+        self._steps.append(step)
         self._without += without
         count = len(self._steps)
         if count == self._length or (count >= TRIAL and count + self._skipped >= 2 * self._length):
@@ -246,8 +260,8 @@ class LoadControl:
     def skip(self, num_requests: int) -> None:
         """A step of `num_requests` requests went by that is not comparable.
 
-        Where most are not, since requests are short and many, a burst ends with fewer steps, and a trial that sees too few of its
-        own ends with none: the other way would run on for want of a verdict.
+        Where most are not, since prompts are long and many, a burst ends with fewer steps, and a trial that sees too few of its own
+        ends with none: the other way would run on for want of a verdict.
         """
         self._skipped += 1
         bucket = self._buckets.get(self._bucket)
@@ -263,21 +277,34 @@ class LoadControl:
         """The layout of the running burst."""
         return SHAPED if self._drafts else self.plain
 
-    def expected(self, num_requests: int, rows: int) -> float:
+    def expected(self, num_requests: int, rows: int, prompt_rows: int = 0) -> float:
         """Seconds that a step of the running burst should take."""
         bucket = self._known(self._bucket)
         slowness = bucket.way(self._drafts).slowness * bucket.pace
-        return self._forecast(num_requests, rows) * slowness if self.cost.is_fitted else 0.0
+        batch = Batch(num_requests, rows, self._context, prompt_rows)
+        return self.cost.predict(batch) * slowness if self.cost.is_fitted else 0.0
 
     def best(self, num_requests: int) -> tuple[int, ...]:
         """What is better so far for `num_requests` requests."""
         return SHAPED if self._drafts_win(self._known((num_requests - 1).bit_length()), num_requests) else self.plain
 
+    @property
+    def _level(self) -> int:
+        """Of the price."""
+        return round(math.log(self.price, DEARER))
+
+    @property
+    def _gain(self) -> tuple[float, float]:
+        """What drafts bring at about this price, or where that was not seen for long, as they did last."""
+        if self._level in self._seen:
+            return self._gains[self._level]
+        return self._gains[self._seen[-1]] if self._seen else HOPED_GAIN
+
     def _known(self, bucket: int) -> _Bucket:
         if bucket not in self._buckets:
             # What trials have shown at the next batch size is nearer to the truth than the forecast alone.
-            near = self._buckets.get(min(self._buckets, key=lambda other: abs(other - bucket), default=-1), _Bucket(HOPED_GAIN))
-            self._buckets[bucket] = _Bucket(near.gain, _Way(near.plain.slowness), _Way(near.shaped.slowness))
+            near = self._buckets.get(min(self._buckets, key=lambda other: abs(other - bucket), default=-1), _Bucket())
+            self._buckets[bucket] = _Bucket(_Way(near.plain.slowness), _Way(near.shaped.slowness))
         return self._buckets[bucket]
 
     def _forecast(self, num_requests: float, rows: float) -> float:
@@ -286,7 +313,7 @@ class LoadControl:
 
     def _promises(self, bucket: _Bucket, num_requests: float) -> tuple[float, float]:
         """Tokens a second of plain decoding and with drafts."""
-        tokens, rows = bucket.gain
+        tokens, rows = self._gain
         plain = num_requests / (self._forecast(num_requests, num_requests) * bucket.plain.slowness)
         return plain, num_requests * tokens / (self._forecast(num_requests, num_requests * rows) * bucket.shaped.slowness)
 
@@ -304,10 +331,10 @@ class LoadControl:
     def _reconsider(self, num_requests: int) -> None:
         """Holds to the better way at the context that there is now; the running burst goes on where that is the same."""
         bucket = self._known(self._bucket)
+        self._set_price(bucket, num_requests)
         if self.cost.is_fitted and self._drafts_win(bucket, num_requests) != bucket.drafts:
             self._rested, self._trial = False, None
             self._start(num_requests)
-        self._set_price(bucket, num_requests)
 
     def _set_price(self, bucket: _Bucket, num_requests: int) -> None:
         self._priced_at = self._context
@@ -324,10 +351,9 @@ class LoadControl:
             self._rested &= drafts == bucket.drafts
             bucket.drafts = self._drafts = drafts
             self._length = BURST
-            if self._rested and bucket.way(not drafts).due <= bucket.bursts:
+            due = bucket.way(not drafts).due <= bucket.bursts or (not drafts and self._level not in self._seen)
+            if self._rested and due:
                 self._drafts, self._length = not drafts, TRIAL
-                if self._drafts:  # at the price itself there might be nothing to see
-                    self.price *= BARGAIN
         self._settling = SETTLE if self._drafts != before else 0
         self._steps, self._skipped, self._without = [], 0, 0
 
@@ -339,24 +365,26 @@ class LoadControl:
         """
         bucket, count = self._buckets[self._bucket], len(self._steps)
         way, mean = bucket.way(self._drafts), _mean(self._steps)
-        by_rows = sorted(self._steps, key=lambda step: step.rows)
-        halves = by_rows[: count // 2], by_rows[(count + 1) // 2 :]
+        halves = [half for kind in KINDS_OF_ROWS for half in _halves(self._steps, kind)]
         ratio, *of_halves = self.agree([self._ratio(steps) for steps in (self._steps, *halves)])
         bucket.bursts += 1
         if self._drafts:
             without = self._without / count
             requests = mean.requests - without
             gain = (mean.tokens - without) / requests, (mean.rows - without) / requests
-            share = NEW if bucket.shaped.tried else 1.0
-            bucket.gain = tuple(old + share * (new - old) for old, new in zip(bucket.gain, gain, strict=True))  # type: ignore[assignment]
+            tokens, rows = self._gain if self._level in self._seen or (bucket.drafts and self._seen) else gain
+            self._gains[self._level] = tokens + NEW * (gain[0] - tokens), rows + NEW * (gain[1] - rows)
+            self._seen.append(self._level)
         if self._drafts != bucket.drafts:
             self._trial, self._rested = _Trial(mean, ratio, bucket.pace), False
             return
         if not way.tried:  # nothing has run at this batch size yet
             self.cost.observe(mean.batch, ratio * self._of(mean))
             way.tried, ratio = True, 1.0
-        elif self._drafts:
-            self._learn_rows(halves, of_halves, ratio)
+        else:
+            for i, kind in enumerate(KINDS_OF_ROWS):
+                pair = slice(2 * i, 2 * i + 2)
+                self._learn_rows(kind, halves[pair], of_halves[pair], ratio)
         if self._rested:
             self._learn_context(self._last, mean, ratio / way.slowness / bucket.pace)
         bucket.pace, self._rested, self._last = ratio / way.slowness, True, mean
@@ -373,16 +401,21 @@ class LoadControl:
     def _ratio(self, steps: Sequence[_Step]) -> float:
         return statistics.median(step.seconds / self._of(step) for step in steps)
 
-    def _learn_rows(self, halves: Sequence[Sequence[_Step]], ratios: Sequence[float], ratio: float) -> None:
-        """Learns what a row takes from the steps of a burst that had fewer and those that had more.
+    def _learn_rows(
+        self, kind: Callable[[_Step], float], halves: Sequence[Sequence[_Step]], ratios: Sequence[float], ratio: float
+    ) -> None:
+        """Learns what a row takes from the steps of a burst that had fewer of a kind and those that had more.
 
         Args:
+            kind: rows of a step.
             halves: the steps.
             ratios: of their times to the forecast.
             ratio: of all.
         """
         few, many = map(_mean, halves)
-        if few.requests != many.requests or many.rows - few.rows < TOLD_APART * few.rows:
+        if abs(many.requests - few.requests) > ALIKE * few.requests:
+            return
+        if kind(many) - kind(few) < TOLD_APART * (few.rows + few.prompt_rows):
             return
         less, more = (self._of(mean) * of_half / ratio for mean, of_half in zip((few, many), ratios, strict=True))
         self.cost.observe_change(few.batch, many.batch, more - less, less)
@@ -424,6 +457,12 @@ class LoadControl:
         lost = (TRIAL + SETTLE) * max(promises[bucket.drafts] / promises[not bucket.drafts] - 1, 0.0)
         other.due = bucket.bursts + max(other.wait, round(lost / (COST_OF_LOOKING * BURST)))
         other.wait = min(LAST_RETRY, 2 * other.wait)
+
+
+def _halves(steps: Sequence[_Step], key: Callable[[_Step], float]) -> tuple[list[_Step], list[_Step]]:
+    """The half of the steps where `key` is small, and that where it is large; one in the middle is in neither."""
+    in_order, count = sorted(steps, key=key), len(steps)
+    return in_order[: count // 2], in_order[(count + 1) // 2 :]
 
 
 def _mean(steps: Sequence[_Step]) -> _Step:

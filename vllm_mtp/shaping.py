@@ -31,6 +31,8 @@ SERVERS_WEIGHT = 4.0
 """Drafts of its own after which a request counts as much as all requests before it."""
 FADES = 0.97
 """What is left of what is known of a request after a step without drafts: hard text does not stay hard, and nobody would see it."""
+HOPES_AGAIN = 0.9
+"""What is left of what is known of all requests together after a step in which none has drafts."""
 BELIEVED_IN_MIND = 50.0
 """Accepted drafts, as the drafter expects them, after which older ones begin to count less."""
 
@@ -166,6 +168,9 @@ class Shaper:
         for one, groups in zip(requests, lengths, strict=True):
             if one is not None and not any(groups):
                 self._record(one.request).acceptance.fade(FADES)
+        if any(requests) and not any(map(any, lengths)):
+            self.acceptance.fade(HOPES_AGAIN)
+            self.trust.fade(HOPES_AGAIN)
         return lengths
 
     def _lengths(self, verified: Verified, price: float) -> tuple[int, ...]:

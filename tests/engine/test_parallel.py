@@ -67,7 +67,7 @@ def disturb_clock(worker: Any) -> None:
         worker.shapes.append(shapes(*arguments))
         return worker.shapes[-1]
 
-    control.observe = lambda tokens, rows, seconds, without: observe(tokens, rows, seconds * clock.uniform(0.1, 10), without)
+    control.observe = lambda tokens, rows, seconds, *more: observe(tokens, rows, seconds * clock.uniform(0.1, 10), *more)
     control.choose, shaper.shapes = choosing, shaping
 
 

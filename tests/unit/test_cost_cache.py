@@ -12,7 +12,7 @@ from vllm_mtp.forecast import Batch, StepCost
 from vllm_mtp.load import LoadControl
 
 FACTS = {"configuration": "abc", "threads": 2}
-TERMS = [0.002, 1e-4, 2e-5, 3e-4, 0.0, -1e-6, 1e-6]
+TERMS = [0.002, 1e-4, 2e-5, 3e-4, 0.0, -1e-6, 1e-6, 3e-5]
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ class MaskTokenProposer(MaskTokenTarget):
         self.speculates = False
         """Whether the running step is of the way that drafts."""
         self.cost_cache: CostCache | None = None
-        self.last_step: tuple[float, tuple[str, ...]] = (0.0, ())
+        self.last_step: tuple[float, frozenset[str]] = (0.0, frozenset())
         self.verified: list[int] = []
         """Drafts that each request of the running step verifies."""
         self.without_drafts = 0
@@ -169,18 +169,21 @@ class MaskTokenProposer(MaskTokenTarget):
         return self.confident
 
     def _observe(self, now: float, sampled_token_ids: list[list[int]]) -> None:
-        """Tells the control of layouts what the step gave, if it and the step before it decoded for the same requests."""
+        """Tells the control of layouts what the step gave and took, unless the engine may have idled since the step before: it had
+        no reason to while one of that step's requests was still there."""
         before, requests = self.last_step
-        running = tuple(self.runner.input_batch.req_ids)
-        self.last_step = now, running if all(sampled_token_ids) else ()
-        if running == requests:
-            states = self.expansion.last
-            rows = self.num_rows + (0 if states is None else states.groups.num_rows)
-            self.control.observe([len(tokens) for tokens in sampled_token_ids], rows, now - before, self.without_drafts)
-            if self.cost_cache is not None and self.control.cost.is_fitted:
-                self.cost_cache.keep(self.control.cost.terms)
-        else:
-            self.control.skip(len(running))
+        batch = self.runner.input_batch
+        self.last_step = now, frozenset(batch.req_ids)
+        if requests.isdisjoint(batch.req_ids) or not any(sampled_token_ids):
+            self.control.skip(len(batch.req_ids))
+            return
+        sampled = [i for i, tokens in enumerate(sampled_token_ids) if tokens]
+        decoded = sum(1 + len(batch.spec_token_ids[i]) for i in sampled)
+        masks = 0 if self.expansion.last is None else self.expansion.last.groups.num_rows
+        tokens = [len(sampled_token_ids[i]) for i in sampled]
+        self.control.observe(tokens, decoded + masks, now - before, self.without_drafts, self.num_rows - decoded)
+        if self.cost_cache is not None and self.control.cost.is_fitted:
+            self.cost_cache.keep(self.control.cost.terms)
 
     def _count(self, sampled_token_ids: list[list[int]]) -> None:
         """Counts what became of the step's drafts."""
