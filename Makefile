@@ -23,7 +23,9 @@ bench: baselines
 	$(BIN)/vllm-mtp bench benchmarks/suite.yaml --output build/bench
 
 # Drafters of other methods for the demo's base, on the sequences that an adapter would learn from, and an adapter trained as long.
+# Suffix decoding is in a package that vLLM looks for; of its own plugin for vLLM nothing is used.
 baselines: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "arctic-inference==0.1.1"
 	$(BIN)/python -m benchmarks.baselines.demo --output runs/baselines
 
 # One wheel on every supported vLLM: an environment of 3.5 GB each, kept in build/compat, and a long run of tests.
