@@ -12,6 +12,7 @@ DRAFTS_IN_MIND = 300.0
 """Drafts at a position after which older ones begin to count less."""
 NOISE = 0.05  # relative, of a burst's mean step time
 WITHOUT_DRAFTS, OF_DRAFTS, OF_PROMPTS = [0, 1, 5], [2, 3, 4, 6], [7]  # terms of a step's cost
+OF_A_ROW = 2
 
 
 class Acceptance:
@@ -140,6 +141,7 @@ class StepCost:
         return max(float(cost[WITHOUT_DRAFTS].sum()), 1e-9) + sum(more)
 
     def is_mostly_prompts(self, batch: Batch) -> bool:
-        """Whether prompts take more of such a step than all else in it."""
-        cost = batch.facts * (self.terms if self.is_fitted else self.BELIEVED)
-        return float(cost[OF_PROMPTS].sum()) > float(cost.sum()) / 2
+        """Whether prompts take more of such a step than all else in it, if their rows take what those of drafts take: what is thought
+        of prompts themselves may be wrong, and would stay wrong if it kept their steps from being looked at."""
+        terms = self.terms if self.is_fitted else self.BELIEVED
+        return batch.prompt_rows * float(terms[OF_A_ROW]) > float((batch.facts * terms)[WITHOUT_DRAFTS + OF_DRAFTS].sum())
