@@ -141,7 +141,9 @@ class StepCost:
         return max(float(cost[WITHOUT_DRAFTS].sum()), 1e-9) + sum(more)
 
     def is_mostly_prompts(self, batch: Batch) -> bool:
-        """Whether prompts take more of such a step than all else in it, if their rows take what those of drafts take: what is thought
-        of prompts themselves may be wrong, and would stay wrong if it kept their steps from being looked at."""
+        """Whether prompts take more of such a step than all else in it, if their rows take what those of drafts do.
+
+        What is thought of prompts themselves may be wrong, and would stay so if it kept such steps from being looked at.
+        """
         terms = self.terms if self.is_fitted else self.BELIEVED
         return batch.prompt_rows * float(terms[OF_A_ROW]) > float((batch.facts * terms)[WITHOUT_DRAFTS + OF_DRAFTS].sum())
