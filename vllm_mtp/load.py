@@ -2,16 +2,17 @@
 
 Mask rows are nearly free while a step is bound by reading weights and cost full price after that; where that is depends on model,
 machine and batch, and what the rows are worth depends on the text. So both are measured while serving. What a row takes, over what
-a token takes, is its price, by which `shaping` gives each request its groups. The other ways, plain decoding and drafts from texts
-alone, are held against that in short bursts of steps, ever more rarely the more often they lose. What such a burst takes
+a token takes, is its price, by which `shaping` gives each request its groups. Plain decoding is held against that in short bursts
+of steps, ever more rarely the more often it loses, and so are drafts where plain decoding is what runs. What such a burst takes
 beside those before and after it corrects the forecast: a machine has neighbours, and a time alone says little. Where steps overlap
 and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
 """
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -35,10 +36,6 @@ RECENT = 8  # bursts with drafts; what one before them brought means nothing if 
 NEW = 0.3  # share of a burst in what is known of tokens and rows
 ALIKE = 0.1  # share by which the number of requests may differ between steps of a burst that are told apart by something else
 KINDS_OF_ROWS = attrgetter("rows"), attrgetter("prompt_rows")  # of a step, which the steps of a burst may differ in
-PLAIN, FULL, SPARING = range(3)
-"""Ways to run steps: without drafts; with those that are worth their rows; with those that would be worth them if rows were so much
-dearer that only drafts from texts, which take no mask rows, are."""
-SPARING_PRICE, SPARINGLY = 0.55, 1.25  # of a row there, at least, and times its price: a draft of a mask token takes two rows
 TOLD_APART = 0.2  # share by which steps must differ from others, in rows or in context, to tell what that takes
 
 
@@ -120,10 +117,10 @@ def drafts_by_batch_size(
 
 @dataclass
 class _Way:
-    """What is known of a way to run steps at one batch size.
+    """What is known of plain decoding, or of drafting, at one batch size.
 
     Attributes:
-        slowness: what its steps take, of what was forecast, relative to other ways' at this batch size.
+        slowness: what its steps take, of what was forecast, relative to the other way's at this batch size.
         tried: whether it has run at this batch size.
         wait: bursts until it is tried again.
         due: burst, counted at this batch size, at which that is.
@@ -140,15 +137,20 @@ class _Bucket:
     """One batch size.
 
     Attributes:
-        ways: by `PLAIN`, `FULL` and `SPARING`.
-        best: which of them steps run, but for trials.
-        pace: what its steps take of late, of what was forecast; it changes with the machine's neighbours, for all ways alike.
+        plain, shaped: the two ways.
+        drafts: whether steps have drafts, but for trials.
+        pace: what its steps take of late, of what was forecast; it changes with the machine's neighbours, for both ways alike.
     """
 
-    ways: list[_Way]
-    best: int = FULL
+    plain: _Way = field(default_factory=_Way)
+    shaped: _Way = field(default_factory=_Way)
+    drafts: bool = True
     bursts: int = 0
     pace: float = 1.0
+
+    def way(self, drafts: bool) -> _Way:
+        """Drafting, or plain decoding."""
+        return self.shaped if drafts else self.plain
 
 
 class _Step(NamedTuple):
@@ -166,32 +168,16 @@ class _Step(NamedTuple):
         return Batch(self.requests, self.rows, self.context, self.prompt_rows)
 
 
-class _Gain(NamedTuple):
-    """What drafts bring.
-
-    Attributes:
-        tokens, rows: of a request in a step, in the mean.
-        drafted, burst: the number of the burst that was seen last, among those with drafts and among all.
-    """
-
-    tokens: float
-    rows: float
-    drafted: int
-    burst: int
-
-
 @dataclass
 class _Trial:
-    """A burst of another way between two of the best one.
+    """A burst of the other way between two of the better one.
 
     Attributes:
-        way: which.
         mean: its steps.
         ratio: of their time to the forecast.
-        pace: of the best way before it.
+        pace: of the better way before it.
     """
 
-    way: int
     mean: _Step
     ratio: float
     pace: float
@@ -205,27 +191,23 @@ class LoadControl:
         agree: makes one list of times of those that the ranks of an engine measured; called once a burst. The times are all that
             could make them choose differently.
         cost: what is known of steps; None: nothing.
-        texts: whether there are drafts from texts.
     """
 
-    def __init__(
-        self, k: int, agree: Callable[[list[float]], list[float]] = list, cost: StepCost | None = None, *, texts: bool = False
-    ) -> None:
-        self.agree, self.cost, self.texts = agree, StepCost() if cost is None else cost, texts
+    def __init__(self, k: int, agree: Callable[[list[float]], list[float]] = list, cost: StepCost | None = None) -> None:
+        self.agree, self.cost = agree, StepCost() if cost is None else cost
         self.plain = (0,) * (k + 1)
-        self._price = FIRST_PRICE
-        """Of a row, in tokens, by what it takes."""
-        self._gains: dict[int, _Gain] = {}
-        """By the price that drafts were held against, each level `DEARER` times the one before."""
-        self._bursts = self._drafted = 0
-        """Bursts, and those with drafts."""
+        self.price = FIRST_PRICE
+        """Of a row, in tokens."""
+        self._gains: dict[int, tuple[float, float]] = {}
+        """Tokens and rows of a request in a step with drafts, by price, each level of which is `DEARER` times the one before."""
+        self._seen: deque[int] = deque(maxlen=RECENT)
+        """Levels of the last bursts with drafts."""
         self._buckets: dict[int, _Bucket] = {}
         self._bucket = -1
-        self._way = FULL
-        """Of the running burst."""
+        self._drafts = True
         self._length, self._settling = BURST, 0
         self._rested = False
-        """Whether the last burst was one of the best way at this batch size, which a trial can be held against."""
+        """Whether the last burst was one of the better way at this batch size, which a trial can be held against."""
         self._last = _Step(0, 0, 0, 0, 0, 0)
         """That burst."""
         self._trial: _Trial | None = None
@@ -243,7 +225,7 @@ class LoadControl:
         if bucket != self._bucket:
             self._bucket, self._rested, self._trial = bucket, False, None
             self._start(num_requests)
-        elif self._is_elsewhere(context, self._priced_at) and self._way == self._known(bucket).best:
+        elif self._is_elsewhere(context, self._priced_at) and self._drafts == self._known(bucket).drafts:
             self._reconsider(num_requests)
         return self.running
 
@@ -283,9 +265,9 @@ class LoadControl:
         """
         self._skipped += 1
         bucket = self._buckets.get(self._bucket)
-        if bucket is None or self._way == bucket.best or self._skipped < PATIENCE * self._length:
+        if bucket is None or self._drafts == bucket.drafts or self._skipped < PATIENCE * self._length:
             return
-        other = bucket.ways[self._way]
+        other = bucket.way(self._drafts)
         other.due, other.wait = bucket.bursts + other.wait, min(LAST_RETRY, 2 * other.wait)
         self._trial, self._rested = None, False
         self._start(num_requests)
@@ -293,71 +275,53 @@ class LoadControl:
     @property
     def running(self) -> tuple[int, ...]:
         """The layout of the running burst."""
-        return self.plain if self._way == PLAIN else SHAPED
-
-    @property
-    def price(self) -> float:
-        """Of a row in the running burst, in tokens."""
-        return self._asked(self._way)
+        return SHAPED if self._drafts else self.plain
 
     def expected(self, num_requests: int, rows: int, prompt_rows: int = 0) -> float:
         """Seconds that a step of the running burst should take."""
         bucket = self._known(self._bucket)
-        slowness = bucket.ways[self._way].slowness * bucket.pace
+        slowness = bucket.way(self._drafts).slowness * bucket.pace
         batch = Batch(num_requests, rows, self._context, prompt_rows)
         return self.cost.predict(batch) * slowness if self.cost.is_fitted else 0.0
 
     def best(self, num_requests: int) -> tuple[int, ...]:
         """What is better so far for `num_requests` requests."""
-        return self.plain if self._winner(self._known((num_requests - 1).bit_length()), num_requests) == PLAIN else SHAPED
+        return SHAPED if self._drafts_win(self._known((num_requests - 1).bit_length()), num_requests) else self.plain
 
-    def _asked(self, way: int) -> float:
-        """The price that drafts of a way are held against."""
-        return max(SPARING_PRICE, SPARINGLY * self._price) if way == SPARING else self._price
+    @property
+    def _level(self) -> int:
+        """Of the price."""
+        return round(math.log(self.price, DEARER))
 
-    def _level(self, way: int) -> int:
-        """Of that price."""
-        return round(math.log(self._asked(way), DEARER))
-
-    def _gain(self, way: int) -> tuple[float, float]:
-        """What drafts bring at about the price of a way, or where that was not seen for long, at the next one of late."""
-        level = self._level(way)
-        recent = [seen for seen, gain in self._gains.items() if self._drafted - gain.drafted < RECENT]
-        near = min(recent, key=lambda seen: abs(seen - level), default=None)
-        return HOPED_GAIN if near is None else (self._gains[near].tokens, self._gains[near].rows)
-
-    def _is_unseen(self, way: int) -> bool:
-        """Whether nobody knows what drafts bring at the price of a way."""
-        gain = self._gains.get(self._level(way))
-        return way != PLAIN and (gain is None or self._bursts - gain.burst > LAST_RETRY)
+    @property
+    def _gain(self) -> tuple[float, float]:
+        """What drafts bring at about this price, or where that was not seen for long, as they did last."""
+        if self._level in self._seen:
+            return self._gains[self._level]
+        return self._gains[self._seen[-1]] if self._seen else HOPED_GAIN
 
     def _known(self, bucket: int) -> _Bucket:
         if bucket not in self._buckets:
             # What trials have shown at the next batch size is nearer to the truth than the forecast alone.
-            near = min(self._buckets, key=lambda other: abs(other - bucket), default=None)
-            fresh = [_Way() for _ in range(SPARING + self.texts)] if near is None else self._buckets[near].ways
-            self._buckets[bucket] = _Bucket([_Way(way.slowness) for way in fresh])
+            near = self._buckets.get(min(self._buckets, key=lambda other: abs(other - bucket), default=-1), _Bucket())
+            self._buckets[bucket] = _Bucket(_Way(near.plain.slowness), _Way(near.shaped.slowness))
         return self._buckets[bucket]
 
     def _forecast(self, num_requests: float, rows: float) -> float:
         """Seconds of a step at the context that requests have now."""
         return self.cost.predict(Batch(num_requests, rows, self._context))
 
-    def _promises(self, bucket: _Bucket, num_requests: float) -> list[float]:
-        """Tokens a second of each way."""
-        found = []
-        for index, way in enumerate(bucket.ways):
-            tokens, rows = (1.0, 1.0) if index == PLAIN else self._gain(index)
-            found.append(num_requests * tokens / (self._forecast(num_requests, num_requests * rows) * way.slowness))
-        return found
+    def _promises(self, bucket: _Bucket, num_requests: float) -> tuple[float, float]:
+        """Tokens a second of plain decoding and with drafts."""
+        tokens, rows = self._gain
+        plain = num_requests / (self._forecast(num_requests, num_requests) * bucket.plain.slowness)
+        return plain, num_requests * tokens / (self._forecast(num_requests, num_requests * rows) * bucket.shaped.slowness)
 
-    def _winner(self, bucket: _Bucket, num_requests: float) -> int:
-        """The way that promises most. In doubt it stays as it is, or above all plain: what brings nothing is not worth its rows."""
-        plain, *drafts = self._promises(bucket, num_requests)
-        weighed = [promise * (CLEARLY if way == bucket.best else 1.0) for way, promise in enumerate(drafts, FULL)]
-        best = weighed.index(max(weighed))
-        asked = CLEARLY**2 if bucket.best == PLAIN else CLEARLY
-        return FULL + best if drafts[best] > asked * plain else PLAIN
+    def _drafts_win(self, bucket: _Bucket, num_requests: int) -> bool:
+        """Whether drafts are worth their rows. In doubt it stays as it is, and above all plain: what brings nothing is not worth
+        its rows."""
+        plain, shaped = self._promises(bucket, num_requests)
+        return shaped > (CLEARLY if bucket.drafts else CLEARLY**2) * plain
 
     @staticmethod
     def _is_elsewhere(context: float, before: float) -> bool:
@@ -365,33 +329,32 @@ class LoadControl:
         return abs(context - before) > TOLD_APART * max(context, before)
 
     def _reconsider(self, num_requests: int) -> None:
-        """Holds to the best way at the context that there is now; the running burst goes on where that is the same."""
+        """Holds to the better way at the context that there is now; the running burst goes on where that is the same."""
         bucket = self._known(self._bucket)
         self._set_price(bucket, num_requests)
-        if self.cost.is_fitted and self._winner(bucket, num_requests) != bucket.best:
+        if self.cost.is_fitted and self._drafts_win(bucket, num_requests) != bucket.drafts:
             self._rested, self._trial = False, None
             self._start(num_requests)
 
     def _set_price(self, bucket: _Bucket, num_requests: int) -> None:
         self._priced_at = self._context
         if self.cost.is_fitted:
-            self._price = max(LOWEST_PRICE, self.cost.of_a_row(self._context) * max(self._promises(bucket, num_requests)))
+            self.price = max(LOWEST_PRICE, self.cost.of_a_row(self._context) * max(self._promises(bucket, num_requests)))
 
     def _start(self, num_requests: int) -> None:
-        """Begins a burst of the best way, or a trial of another one if that is due."""
-        bucket, before = self._known(self._bucket), self._way
-        self._way, self._length = bucket.best, TRIAL
+        """Begins a burst of the better way, or a trial of the other one if that is due."""
+        bucket, before = self._known(self._bucket), self._drafts
+        self._drafts, self._length = bucket.drafts, TRIAL
         self._set_price(bucket, num_requests)
         if self.cost.is_fitted and self._trial is None:
-            best = self._winner(bucket, num_requests)
-            self._rested &= best == bucket.best
-            bucket.best = self._way = best
+            drafts = self._drafts_win(bucket, num_requests)
+            self._rested &= drafts == bucket.drafts
+            bucket.drafts = self._drafts = drafts
             self._length = BURST
-            others = [way for way in range(len(bucket.ways)) if way != best]
-            due = [way for way in others if bucket.ways[way].due <= bucket.bursts or self._is_unseen(way)]
+            due = bucket.way(not drafts).due <= bucket.bursts or (not drafts and self._level not in self._seen)
             if self._rested and due:
-                self._way, self._length = min(due, key=lambda way: bucket.ways[way].due), TRIAL
-        self._settling = SETTLE if self._way != before else 0
+                self._drafts, self._length = not drafts, TRIAL
+        self._settling = SETTLE if self._drafts != before else 0
         self._steps, self._skipped, self._without = [], 0, 0
 
     def _finish(self) -> None:
@@ -401,22 +364,19 @@ class LoadControl:
         of them many times as long.
         """
         bucket, count = self._buckets[self._bucket], len(self._steps)
-        way, mean = bucket.ways[self._way], _mean(self._steps)
+        way, mean = bucket.way(self._drafts), _mean(self._steps)
         halves = [half for kind in KINDS_OF_ROWS for half in _halves(self._steps, kind)]
         ratio, *of_halves = self.agree([self._ratio(steps) for steps in (self._steps, *halves)])
         bucket.bursts += 1
-        self._bursts += 1
-        if self._way != PLAIN:
+        if self._drafts:
             without = self._without / count
             requests = mean.requests - without
             gain = (mean.tokens - without) / requests, (mean.rows - without) / requests
-            goes_on = self._gains and (self._way == bucket.best or not self._is_unseen(self._way))
-            tokens, rows = self._gain(self._way) if goes_on else gain
-            self._drafted += 1
-            mixed = tokens + NEW * (gain[0] - tokens), rows + NEW * (gain[1] - rows)
-            self._gains[self._level(self._way)] = _Gain(*mixed, self._drafted, self._bursts)
-        if self._way != bucket.best:
-            self._trial, self._rested = _Trial(self._way, mean, ratio, bucket.pace), False
+            tokens, rows = self._gain if self._level in self._seen or (bucket.drafts and self._seen) else gain
+            self._gains[self._level] = tokens + NEW * (gain[0] - tokens), rows + NEW * (gain[1] - rows)
+            self._seen.append(self._level)
+        if self._drafts != bucket.drafts:
+            self._trial, self._rested = _Trial(mean, ratio, bucket.pace), False
             return
         if not way.tried:  # nothing has run at this batch size yet
             self.cost.observe(mean.batch, ratio * self._of(mean))
@@ -431,7 +391,7 @@ class LoadControl:
         if self._trial is not None:
             self._settle(bucket, self._trial, mean)
             self._trial = None
-        for each in bucket.ways:  # an old verdict is worth less, and another trial
+        for each in (bucket.plain, bucket.shaped):  # an old verdict is worth less, and another trial
             each.slowness **= REMEMBER
 
     def _of(self, step: _Step) -> float:
@@ -461,7 +421,7 @@ class LoadControl:
         self.cost.observe_change(few.batch, many.batch, more - less, less)
 
     def _learn_context(self, before: _Step, after: _Step, change: float) -> None:
-        """Learns what context takes from two bursts of the best way, one after the other, where it is not the same.
+        """Learns what context takes from two bursts of the better way, one after the other, where it is not the same.
 
         Args:
             before, after: the bursts.
@@ -472,14 +432,14 @@ class LoadControl:
             self.cost.observe_change(before.batch, after.batch, change * self._of(after) - step, step)
 
     def _settle(self, bucket: _Bucket, trial: _Trial, after: _Step) -> None:
-        """Learns from a trial, by what the best way took before and after it.
+        """Learns from a trial, by what the better way took before and after it.
 
         Args:
             bucket: the batch size.
             trial: the other way's burst.
-            after: of the best way's burst after it.
+            after: of the better way's burst after it.
         """
-        other, best = bucket.ways[trial.way], bucket.ways[bucket.best]
+        other, best = bucket.way(not bucket.drafts), bucket.way(bucket.drafts)
         if not 1 / UNSETTLED < bucket.pace / trial.pace < UNSETTLED:
             other.due = bucket.bursts + FIRST_RETRY // 2
             return
@@ -494,7 +454,7 @@ class LoadControl:
         other.slowness *= (measured / other.slowness) ** LEARN
         other.tried = True
         promises = self._promises(bucket, after.requests)
-        lost = (TRIAL + SETTLE) * max(promises[bucket.best] / promises[trial.way] - 1, 0.0)
+        lost = (TRIAL + SETTLE) * max(promises[bucket.drafts] / promises[not bucket.drafts] - 1, 0.0)
         other.due = bucket.bursts + max(other.wait, round(lost / (COST_OF_LOOKING * BURST)))
         other.wait = min(LAST_RETRY, 2 * other.wait)
 

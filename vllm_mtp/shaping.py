@@ -168,7 +168,8 @@ class Shaper:
         for one, groups in zip(requests, lengths, strict=True):
             if one is not None and not any(groups):
                 self._record(one.request).acceptance.fade(FADES)
-        if any(requests) and not any(map(any, lengths)):
+        known = [one for one in requests if one is not None]
+        if known and not any(map(any, lengths)) and not any(one.probabilities for one in known):
             self.acceptance.fade(HOPES_AGAIN)
             self.trust.fade(HOPES_AGAIN)
         return lengths

@@ -34,8 +34,6 @@ class Server:
 
     context = 0.0
     """Tokens of a request."""
-    repeats = 0.0
-    """How often a text repeats itself, so that its next tokens are known without mask rows."""
     length, prompt, prompt_row_cost = math.inf, 0, 0.0
     """Tokens after which a request ends and another one comes; rows of its prompt; cost of each."""
 
@@ -57,7 +55,6 @@ class Server:
         """Tokens and seconds of `steps` steps, under load control or with one layout; the first requests want no drafts."""
         tokens, seconds = 0, 0.0
         names, drafts = [str(i) for i in range(requests)], [list[float]() for _ in range(requests)]
-        goes_on = [False] * requests
         left = [self.random.random() * self.length if self.prompt else math.inf for _ in range(requests)]
         for _ in range(steps):
             ended = [i for i in range(requests) if left[i] <= 0]
@@ -67,15 +64,13 @@ class Server:
             lengths = control if isinstance(control, tuple) else control.choose(requests, self.context)
             if lengths == SHAPED and isinstance(control, LoadControl):
                 self.shaper.price = control.price
-                known = [Verified(*each) for each in zip(names, drafts, goes_on, strict=True)]
-                shapes = self.shaper.shapes(known, 1000)
+                shapes = self.shaper.shapes([Verified(*each) for each in zip(names, drafts, strict=True)], 1000)
             else:
                 shapes = tuple(tuple(max(lengths) if j == len(of) < K else lengths[j] for j in range(len(of) + 1)) for of in drafts)
             shapes = ((0,),) * without + shapes[without:]
             accepted = [self.accepted(of) for of in drafts]
-            for name, of, count, looked_up in zip(names, drafts, accepted, goes_on, strict=True):
-                if not looked_up:
-                    self.shaper.observe(name, of, count)
+            for name, of, count in zip(names, drafts, accepted, strict=True):
+                self.shaper.observe(name, of, count)
             rows = requests + sum(map(len, drafts)) + sum(map(sum, shapes))
             left = [of - 1 - count for of, count in zip(left, accepted, strict=True)]
             cost = (self.seconds(rows) + self.prompt_row_cost * prompt_rows) * self.random.uniform(0.95, 1.1)
@@ -84,10 +79,6 @@ class Server:
             drafts = [[self.chance() for _ in range(shape[count])] for shape, count in zip(shapes, accepted, strict=True)]
             if lengths == SHAPED:
                 drafts = [of[: self.shaper.worth_verifying(name, of)] for name, of in zip(names, drafts, strict=True)]
-                goes_on = [self.random.random() < self.repeats for _ in names]
-                drafts = [[0.97] * K if text else of for of, text in zip(drafts, goes_on, strict=True)]
-            else:
-                goes_on = [False] * requests
             tokens, seconds = tokens + sum(accepted) + requests, seconds + cost
         return tokens, seconds
 
@@ -305,20 +296,6 @@ def test_where_prompts_are_in_nearly_every_step_it_is_as_fast_as_the_best_layout
     serving.run(control, 16, 300)
     best = max(rate(server(), layout, 16, 2000) for layout in candidate_layouts(K))
     assert rate(serving, control, 16, 3000) > 0.93 * best
-
-
-def test_where_texts_repeat_themselves_it_drafts_from_them_alone_and_trying_that_costs_little_elsewhere() -> None:
-    def found(repeats: float, *, texts: bool) -> float:
-        rates = []
-        for seed in range(3):
-            server, control = Server(0.005, 0.4, seed), LoadControl(K, texts=texts)
-            server.repeats = repeats
-            server.run(control, 16, 600)
-            rates.append(rate(server, control, 16, 2000))
-        return sum(rates)
-
-    assert found(0.6, texts=True) > 1.03 * found(0.6, texts=False)
-    assert found(0.0, texts=True) > 0.97 * found(0.0, texts=False)
 
 
 def test_a_trial_that_is_never_comparable_is_given_up() -> None:

@@ -42,7 +42,7 @@ class MaskTokenProposer(MaskTokenTarget):
             )
         compat.hook_v1_runner()
         self.runner: Any = None
-        self.control = load.LoadControl(self.k, parallel.longest, texts=bool(self.options.lookup))
+        self.control = load.LoadControl(self.k, parallel.longest)
         self.shaper = Shaper(self.k)
         self.shapes_groups = self.options.layout == "auto"
         self.speculates = False
