@@ -244,7 +244,7 @@ class LoadControl:
         if without == len(tokens):
             return
         step = _Step(len(tokens), rows, self._context, prompt_rows, sum(tokens), seconds)
-        if self.cost.is_mostly_prompts(step.batch):
+        if prompt_rows and self.cost.is_mostly_prompts(step.batch):
             self.skip(len(tokens))
             return
         if self._settling:
@@ -366,7 +366,8 @@ class LoadControl:
         bucket, count = self._buckets[self._bucket], len(self._steps)
         way, mean = bucket.way(self._drafts), _mean(self._steps)
         halves = [half for kind in KINDS_OF_ROWS for half in _halves(self._steps, kind)]
-        ratio, *of_halves = self.agree([self._ratio(steps) for steps in (self._steps, *halves)])
+        ratios = {step: step.seconds / self._of(step) for step in self._steps}
+        ratio, *of_halves = self.agree([statistics.median(ratios[step] for step in steps) for steps in (self._steps, *halves)])
         bucket.bursts += 1
         if self._drafts:
             without = self._without / count
@@ -397,9 +398,6 @@ class LoadControl:
     def _of(self, step: _Step) -> float:
         """Seconds that were forecast for such a step."""
         return self.cost.predict(step.batch)
-
-    def _ratio(self, steps: Sequence[_Step]) -> float:
-        return statistics.median(step.seconds / self._of(step) for step in steps)
 
     def _learn_rows(
         self, kind: Callable[[_Step], float], halves: Sequence[Sequence[_Step]], ratios: Sequence[float], ratio: float
@@ -454,7 +452,8 @@ class LoadControl:
         other.slowness *= (measured / other.slowness) ** LEARN
         other.tried = True
         promises = self._promises(bucket, after.requests)
-        lost = (TRIAL + SETTLE) * max(promises[bucket.drafts] / promises[not bucket.drafts] - 1, 0.0)
+        # In steps of the better way; those of the other one may be many times as long.
+        lost = (TRIAL + SETTLE) * rival / beside * max(1 - promises[not bucket.drafts] / promises[bucket.drafts], 0.0)
         other.due = bucket.bursts + max(other.wait, round(lost / (COST_OF_LOOKING * BURST)))
         other.wait = min(LAST_RETRY, 2 * other.wait)
 

@@ -304,7 +304,7 @@ def test_a_trial_that_is_never_comparable_is_given_up() -> None:
     for _ in range(20 * BURST):
         drafts = control.choose(16) == SHAPED
         control.observe([4 if drafts else 1] * 16, 160 if drafts else 16, 0.05 if drafts else 0.01)
-    for _ in range(100 * BURST):
+    for _ in range(400 * BURST):
         if control.choose(16) == SHAPED:
             break
         control.observe([1] * 16, 16, 0.01)
