@@ -30,6 +30,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 from vllm_mtp import demo
 from vllm_mtp.cli.engine import EngineProcess
 from vllm_mtp.cli.measure import compare, in_turns
+from vllm_mtp.forecast import Batch
 from vllm_mtp.machine import machine
 from vllm_mtp.metrics import layout_name
 from vllm_mtp.whole_files import write_whole
@@ -134,10 +135,12 @@ def forecast(options: argparse.Namespace) -> dict[str, Any]:
     control = runner.drafter.control
     observe, steps = control.observe, []
 
-    def watched(tokens: list[int], rows: int, seconds: float, without: int) -> None:
+    def watched(tokens: list[int], rows: int, seconds: float, without: int, prompt_rows: int) -> None:
         context = float(runner.input_batch.num_tokens_no_spec[: len(tokens)].mean())
-        steps.append((time.perf_counter(), len(tokens), control.running, context, seconds, control.expected(len(tokens), rows)))
-        observe(tokens, rows, seconds, without)
+        if not control.cost.is_mostly_prompts(Batch(len(tokens), rows, context, prompt_rows)):
+            expected = control.expected(len(tokens), rows, prompt_rows)
+            steps.append((time.perf_counter(), len(tokens), control.running, context, seconds, expected))
+        observe(tokens, rows, seconds, without, prompt_rows)
 
     def run(prompts: list[str], limits: list[int]) -> None:
         sampling = {"temperature": 0.0, "max_tokens": options.max_tokens // 2}
