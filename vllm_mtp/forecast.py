@@ -12,7 +12,6 @@ DRAFTS_IN_MIND = 300.0
 """Drafts at a position after which older ones begin to count less."""
 NOISE = 0.05  # relative, of a burst's mean step time
 WITHOUT_DRAFTS, OF_DRAFTS, OF_PROMPTS = [0, 1, 5], [2, 3, 4, 6], [7]  # terms of a step's cost
-OF_A_ROW = 2
 
 
 class Acceptance:
@@ -146,4 +145,5 @@ class StepCost:
         What is thought of prompts themselves may be wrong, and would stay so if it kept such steps from being looked at.
         """
         terms = self.terms if self.is_fitted else self.BELIEVED
-        return batch.prompt_rows * float(terms[OF_A_ROW]) > float((batch.facts * terms)[WITHOUT_DRAFTS + OF_DRAFTS].sum())
+        of_a_row = float(terms[OF_DRAFTS[0]])
+        return batch.prompt_rows * of_a_row > float((batch.facts * terms)[WITHOUT_DRAFTS + OF_DRAFTS].sum())

@@ -365,9 +365,10 @@ class LoadControl:
         """
         bucket, count = self._buckets[self._bucket], len(self._steps)
         way, mean = bucket.way(self._drafts), _mean(self._steps)
-        halves = [half for kind in KINDS_OF_ROWS for half in _halves(self._steps, kind)]
+        by_kind = [(kind, *_halves(self._steps, kind)) for kind in KINDS_OF_ROWS]
+        parts = [self._steps, *(half for _, *halves in by_kind for half in halves)]
         ratios = {step: step.seconds / self._of(step) for step in self._steps}
-        ratio, *of_halves = self.agree([statistics.median(ratios[step] for step in steps) for steps in (self._steps, *halves)])
+        ratio, *of_halves = self.agree([statistics.median(ratios[step] for step in steps) for steps in parts])
         bucket.bursts += 1
         if self._drafts:
             without = self._without / count
@@ -383,9 +384,8 @@ class LoadControl:
             self.cost.observe(mean.batch, ratio * self._of(mean))
             way.tried, ratio = True, 1.0
         else:
-            for i, kind in enumerate(KINDS_OF_ROWS):
-                pair = slice(2 * i, 2 * i + 2)
-                self._learn_rows(kind, halves[pair], of_halves[pair], ratio)
+            for (kind, few, many), of_few, of_many in zip(by_kind, of_halves[::2], of_halves[1::2], strict=True):
+                self._learn_rows(kind, _mean(few), _mean(many), of_few / ratio, of_many / ratio)
         if self._rested:
             self._learn_context(self._last, mean, ratio / way.slowness / bucket.pace)
         bucket.pace, self._rested, self._last = ratio / way.slowness, True, mean
@@ -399,23 +399,19 @@ class LoadControl:
         """Seconds that were forecast for such a step."""
         return self.cost.predict(step.batch)
 
-    def _learn_rows(
-        self, kind: Callable[[_Step], float], halves: Sequence[Sequence[_Step]], ratios: Sequence[float], ratio: float
-    ) -> None:
+    def _learn_rows(self, kind: Callable[[_Step], float], few: _Step, many: _Step, of_few: float, of_many: float) -> None:
         """Learns what a row takes from the steps of a burst that had fewer of a kind and those that had more.
 
         Args:
             kind: rows of a step.
-            halves: the steps.
-            ratios: of their times to the forecast.
-            ratio: of all.
+            few, many: the steps, in the mean.
+            of_few, of_many: what they took, of what was forecast, beside all steps of the burst.
         """
-        few, many = map(_mean, halves)
         if abs(many.requests - few.requests) > ALIKE * few.requests:
             return
         if kind(many) - kind(few) < TOLD_APART * (few.rows + few.prompt_rows):
             return
-        less, more = (self._of(mean) * of_half / ratio for mean, of_half in zip((few, many), ratios, strict=True))
+        less, more = self._of(few) * of_few, self._of(many) * of_many
         self.cost.observe_change(few.batch, many.batch, more - less, less)
 
     def _learn_context(self, before: _Step, after: _Step, change: float) -> None:
