@@ -425,6 +425,19 @@ def test_streamed_deltas_make_plains_text(both: Both, server: OpenAI) -> None:
         assert 1 < len(deltas) < len(ids)
 
 
+@feature("streaming", "works", "several tokens may come in one delta")
+def test_streamed_logprobs_are_plains(both: Both, server: OpenAI) -> None:
+    for prompt, plain in zip(PROMPTS, both[0].outputs["logprobs"], strict=True):
+        stream = server.completions.create(model="demo", prompt=prompt, max_tokens=40, temperature=0.0, stream=True, logprobs=5)
+        deltas = [choice.logprobs for chunk in stream for choice in chunk.choices if choice.logprobs]
+        expected = [by_token[token] for token, by_token in zip(plain.outputs[0].token_ids, plain.outputs[0].logprobs, strict=True)]
+        assert "".join(token for delta in deltas for token in delta.tokens) == "".join(one.decoded_token for one in expected)
+        assert [value for delta in deltas for value in delta.token_logprobs] == pytest.approx(
+            [one.logprob for one in expected], abs=1e-4
+        )
+        assert 1 < len(deltas) < len(expected)
+
+
 def tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": SCHEMA, "strict": True}}
 
