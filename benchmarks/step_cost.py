@@ -105,7 +105,7 @@ def costs(benchmark: Benchmark) -> list[dict[str, Any]]:
 def acceptance(file: Path) -> Callable[[str, int], float | None]:
     """(method, k) -> tokens a forward, from what `benchmarks.baselines.evaluate` wrote; an adapter's folder is this package's."""
     report = json.loads(file.read_text(encoding="utf-8"))
-    known = {}
+    known: dict[tuple[str, int], float] = {}
     for entry in report["drafters"]:
         parts = Path(entry["drafter"]).parts
         family = next((name for name in OTHERS if name in parts), OURS)
