@@ -225,13 +225,14 @@ class Benchmark:
         if not waiting:
             return
         running = engines.need(settings)
-        prompts = self.config.search_requests(clients) if stage == SEARCH else self.config.requests(clients)
+        few = self.config.search_requests(clients)
+        prompts = few if stage == SEARCH else self.config.requests(clients)
         for cell in waiting:
             engine, key = running[cell.setting.key], cell.setting.key
-            for _ in range(1 if (key, clients) in engines.warm else 2):
-                made = engine.generate(
-                    prompts, max_tokens=self.config.max_tokens, concurrency=clients, temperature=temperature, seed=cell.round
-                )
+            sampling: dict[str, Any] = {"max_tokens": self.config.max_tokens, "concurrency": clients, "temperature": temperature}
+            if (key, clients) not in engines.warm:
+                engine.generate(few, **sampling, seed=cell.round)
+            made = engine.generate(prompts, **sampling, seed=cell.round)
             engines.warm.add((key, clients))
             self.book.put(cell, prompts, made)
             self._say(f"{stage}: {clients} clients, {cell.setting.method}")

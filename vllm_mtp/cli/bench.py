@@ -65,11 +65,14 @@ def run(file: Path | None, output: Path, report_only: bool, adapter: str | None,
     except (EngineError, ValueError, OSError) as error:
         print_error(error)
         return 1
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file has no width, and names would be broken at 80
     for temperature in config.temperatures:
         for clients in config.clients:
             rows = [row for row in report["results"] if (row["temperature"], row["clients"]) == (temperature, clients)]
             title = f"{clients} client{'s' if clients > 1 else ''}, temperature {temperature:g}"
             cells = [result_cells(row) for row in rows if row["method"] != PLAIN]
-            print_table(Console(highlight=False), title, ["", *RESULT_COLUMNS[1:]], cells)
+            print_table(console, title, ["", *RESULT_COLUMNS[1:]], cells)
     print(f"report: {output / 'report.html'}, figures: {output / 'report.json'}")
     return 0
