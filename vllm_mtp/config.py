@@ -58,7 +58,7 @@ class AdapterConfig(StrictModel, strict=True):
     kind: Literal["gated-lora"] = "gated-lora"
     """A LoRA that acts on mask rows only."""
     num_mask_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)]
-    """k: the number of mask tokens trained, and so the largest number of drafts."""
+    """k: the number of mask tokens trained, and so the largest number of drafts that come from them."""
     base: BaseFacts
     """The base model that the adapter is for."""
     sampler: SamplerConfig | None = SamplerConfig()
@@ -100,8 +100,8 @@ class ServingOptions(StrictModel, strict=True):
     adapter: str
     """The adapter's folder; vLLM's key for it is `model`."""
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)]
-    """k, drafts of a request a step, at most the adapter's number of mask tokens. Left out: what the adapter's `serving` says, else
-    that number."""
+    """k, most drafts of a request a step. Of mask tokens come at most as many as the adapter has; more are looked up (`lookup`).
+    Left out: what the adapter's `serving` says, else its number of mask tokens, and with `lookup` 16 if those are fewer."""
     layout: Layout = "auto"
     """quadratic: k mask tokens behind every row, so that there are k fresh drafts whatever is accepted, for k(k+1) mask rows a
     request. linear: k behind the last row only, so that there are drafts only when all were accepted. auto: groups of each

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_mtp.adapter import Adapter, AdapterError, base_facts, is_adapter, linear_shapes, load_lora, read_adapter
+from vllm_mtp.adapter import Adapter, AdapterError, base_facts, is_adapter, linear_shapes, load_lora, read_adapter, read_config
 from vllm_mtp.base_model import weight_files
 from vllm_mtp.config import MAX_MASK_TOKENS, AdapterConfig, ServingOptions
 from vllm_mtp.peft_format import CONFIG_FILE as PEFT_CONFIG_FILE
@@ -134,6 +134,12 @@ def read_foreign(path: str | Path, base: Any, k: int, mask_token_id: int) -> Ada
         return Adapter(config, {}, no_embeddings, None, (mask_token_id,) * k)
     specs, prefix = check_noise_lora(Path(path), base)
     return Adapter(config, load_lora(Path(path), specs, prefix), no_embeddings, None, noise_tokens(mask_token_id)[:k])
+
+
+def longest_group(options: ServingOptions) -> int:
+    """Mask tokens of a group at most: as many as the adapter has, where more drafts than those may be looked up."""
+    k = options.num_speculative_tokens
+    return k if options.mask_token_id is not None else min(k, read_config(options.adapter).num_mask_tokens)
 
 
 def read_served(options: ServingOptions, base: Any) -> Adapter:

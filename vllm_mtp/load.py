@@ -187,7 +187,7 @@ class LoadControl:
     """Chooses from what the steps before it gave whether a step has drafts, and says what a row may cost.
 
     Args:
-        k: most drafts of a request.
+        k: most mask tokens of a group.
         agree: makes one list of times of those that the ranks of an engine measured; called once a burst. The times are all that
             could make them choose differently.
         cost: what is known of steps; None: nothing.

@@ -20,7 +20,7 @@ SHORTEST, LONGER = 2, 6
 """Tokens that must match; and those that are looked for first, for the last place where two match is not the best one."""
 REACH = 8192
 """The last tokens of a request that are looked through: a few microseconds for each thousand."""
-MATCHES, DRAFTS = (2, 3, 4, 6, 8, 12, 16, 24, 32), (0, 1, 2, 4)
+MATCHES, DRAFTS = (2, 3, 4, 6, 8, 12, 16, 24, 32), (0, 1, 2, 4, 8)
 """Lengths of a match, and drafts right before a draft, from which on it is another kind of draft: text that has just begun to match
 is another than text that has matched for long, also once some drafts were right."""
 HOPED = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)

@@ -14,13 +14,15 @@ from vllm_mtp import hub, load
 from vllm_mtp.adapter import AdapterError, is_adapter, validate_folder
 from vllm_mtp.causal_lm import UnsupportedModel, check_layers
 from vllm_mtp.config import AdapterConfig, RequestOptions, ServingOptions
-from vllm_mtp.foreign import FULL, NOISE, check_foreign, kind_of, read_served
+from vllm_mtp.foreign import FULL, NOISE, check_foreign, kind_of, longest_group, read_served
 from vllm_mtp.layout import group_lengths
 from vllm_mtp.safe_files import one_line
 
 PROPOSER = "vllm_mtp.runner.v1.MaskTokenProposer"
 USUAL_REQUESTS, USUAL_ROWS = 1024, 8192
 """vLLM's defaults for servers on large GPUs (engine/arg_utils.py, get_batch_defaults), which are settled only after us."""
+LOOKED_UP = 16
+"""Drafts of a request, where its text may give more than mask tokens do and the operator names no number."""
 OPTIONS = tuple(name for name in ServingOptions.model_fields if name not in ("adapter", "num_speculative_tokens"))
 
 
@@ -121,9 +123,10 @@ def resolve(
     more = dict(more)
     if more.pop("adapter", str(adapter)) != str(adapter):
         raise ConfigurationError("--additional-config names another adapter than --speculative-config: leave `mtp.adapter` out")
-    if config is not None:
-        defaults = {"num_speculative_tokens": config.num_mask_tokens, **defaults}
     merged = {**defaults, **more, **options}
+    as_many_as_pays = config is not None and "num_speculative_tokens" not in merged
+    if config is not None:
+        merged.setdefault("num_speculative_tokens", config.num_mask_tokens)
     _check_said(merged, asked["model"], model_config.model)
     unknown = sorted(set(merged) - {"num_speculative_tokens", *OPTIONS})
     if unknown:
@@ -141,9 +144,11 @@ def resolve(
         raise ConfigurationError(f"{where}: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})") from None
     if config is None:
         config = check_foreign(adapter, base, resolved.num_speculative_tokens, cast(int, resolved.mask_token_id))
-    _check_servable(resolved, config, model_config, parallel_config)
     if resolved.lookup is None:
         resolved = resolved.model_copy(update={"lookup": resolved.layout == "auto" and not runs_on_v2()})
+    if resolved.lookup and as_many_as_pays:
+        resolved = resolved.model_copy(update={"num_speculative_tokens": max(resolved.num_speculative_tokens, LOOKED_UP)})
+    _check_servable(resolved, config, model_config, parallel_config)
     if request_loras and runs_on_v2():
         raise ConfigurationError(
             "mask-token prediction does not support request LoRA adapters (--enable-lora) on vLLM's V2 model runner yet: "
@@ -191,10 +196,11 @@ def _same_place(one: str, other: str) -> bool:
 
 def _check_servable(options: ServingOptions, config: AdapterConfig, model_config: Any, parallel_config: Any) -> None:
     k = options.num_speculative_tokens
-    if k > config.num_mask_tokens:
+    if k > config.num_mask_tokens and not options.lookup:
         raise ConfigurationError(
             f"num_speculative_tokens is {k}, but the adapter {options.adapter} was trained with {config.num_mask_tokens} mask "
-            f"tokens: ask for at most {config.num_mask_tokens}"
+            f"tokens: ask for at most {config.num_mask_tokens}; more drafts than that are looked up in a request's own text, which "
+            "takes layout auto on vLLM's V1 model runner"
         )
     for name, why, remedy in (
         (
@@ -312,7 +318,7 @@ def scheduled_rows(options: ServingOptions, engine_args: Any) -> int | None:
     rows = engine_args.max_num_batched_tokens
     if rows is None or engine_args.max_num_scheduled_tokens is not None or engine_args.enable_chunked_prefill is False:
         return None
-    k = options.num_speculative_tokens
+    k = longest_group(options)
     wanted = load.mask_row_budget(options.max_mask_rows, rows, on_cpu=current_platform.is_cpu())
     of_all_requests = (engine_args.max_num_seqs or USUAL_REQUESTS) * k * (k + 1)
     return int(rows - min(wanted, of_all_requests, rows // 2))

@@ -93,7 +93,7 @@ class Shaper:
     """Shapes the groups of requests.
 
     Attributes:
-        k: most drafts of a request.
+        k: most mask tokens of a group.
         price: what a row costs, in tokens: its time over the time that a token takes on this server now.
     """
 

@@ -23,7 +23,7 @@ from vllm_mtp.cpu_linear import PackedSampler, with_kernels, with_packed_product
 from vllm_mtp.cpu_memory import FreedMemory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
-from vllm_mtp.foreign import read_served
+from vllm_mtp.foreign import longest_group, read_served
 from vllm_mtp.kernels.cpu import DTYPES
 from vllm_mtp.kv_cache import with_scratch_blocks
 from vllm_mtp.layout import group_lengths
@@ -47,6 +47,7 @@ class MaskTokenTarget:
     Attributes:
         options: the operator's options.
         k: most drafts a request.
+        longest_group: most mask tokens of a group; fewer than k where more drafts may be looked up.
         layouts: the layouts that steps may have; one, unless the operator leaves the choice to us.
         planner, expansion, drafter: the parts, once installed.
         breaker: opens when one of them fails.
@@ -69,13 +70,14 @@ class MaskTokenTarget:
         self.breaker = Breaker(parallel.num_ranks)
         self.options = ServingOptions.model_validate(cast(dict[str, Any], vllm_config.additional_config)["mtp"])
         self.k = self.options.num_speculative_tokens
+        self.longest_group = longest_group(self.options)
         self.max_model_len = vllm_config.model_config.max_model_len
         self.max_requests = vllm_config.scheduler_config.max_num_seqs
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.max_mask_rows = load.mask_row_budget(self.options.max_mask_rows, self.max_rows, on_cpu=current_platform.is_cpu())
         layout = self.options.layout
         if layout == "auto":
-            self.layouts = load.fitting_layouts(self.k, self.max_rows, self.max_mask_rows)
+            self.layouts = load.fitting_layouts(self.longest_group, self.max_rows, self.max_mask_rows)
         else:
             self.layouts = [group_lengths(layout, self.k)]
         self.freed_memory = FreedMemory() if current_platform.is_cpu() else None
@@ -115,7 +117,7 @@ class MaskTokenTarget:
         request_loras = RequestLoRAs(model)
         embed = request_loras.without(cast(Callable[[torch.Tensor], torch.Tensor], model.embed_input_ids))
         with torch.no_grad():
-            embeddings = adapter.embeddings(embed, self.k, device).to(dtype)
+            embeddings = adapter.embeddings(embed, self.longest_group, device).to(dtype)
         self.planner = Planner(
             self.attention,
             self.k,
@@ -229,7 +231,7 @@ class MaskTokenTarget:
         with torch.inference_mode():  # as in the runner's steps
             hidden, rows = (
                 embeddings.new_zeros(7, embeddings.shape[1]),
-                torch.zeros(3, self.k, dtype=torch.long, device=embeddings.device),
+                torch.zeros(3, self.longest_group, dtype=torch.long, device=embeddings.device),
             )
             per_request = [rows.new_zeros(3, dtype=dtype) for dtype in (rows.dtype, *more)]
             for tensor in (hidden, rows, *per_request):
@@ -242,7 +244,7 @@ class MaskTokenTarget:
     @property
     def num_scratch_blocks(self) -> int:
         """Scratch blocks for the forks of the largest step."""
-        return self.planner.max_groups * self.attention.blocks_per_group(self.k, self.config.cache_config.block_size)
+        return self.planner.max_groups * self.attention.blocks_per_group(self.longest_group, self.config.cache_config.block_size)
 
     def without_scratch_memory(self, available: int, runner: Any) -> int:
         """What is left of `available` bytes for the scheduler's blocks once the scratch blocks have theirs.

@@ -64,7 +64,11 @@ def test_an_adapter_for_another_base_fails(tmp_path: Path, adapter_folder: Path)
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(("-k", "9"), "trained with 8 mask tokens"), (("--layout", "cubic"), "layout"), (("-k", "4", "--layout", "4,4,4"), "needs 5")],
+    [
+        (("-k", "9", "--layout", "quadratic"), "trained with 8 mask tokens"),
+        (("--layout", "cubic"), "layout"),
+        (("-k", "4", "--layout", "4,4,4"), "needs 5"),
+    ],
 )
 def test_an_option_that_cannot_be_served_fails(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     report = doctor(tmp_path, *arguments, status=1)

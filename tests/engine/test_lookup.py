@@ -8,6 +8,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_mtp import demo
 from vllm_mtp.plan import Counters
+from vllm_mtp.selection import LOOKED_UP
 
 from .conftest import Engine, Engines, speculative
 
@@ -68,6 +69,20 @@ def test_repeating_text_is_drafted_from_itself(engines: Engines, plain: Plain) -
     assert outputs == plain.repeated
     assert per_forward > 3
     assert counters(engine).lookup_accepted - before.lookup_accepted > 48
+
+
+def test_there_may_be_more_of_them_than_mask_tokens(engines: Engines, prompts: list[str], plain: Plain) -> None:
+    engine = engines({"method": "mtp", "model": str(demo.ADAPTER)}, **SERVER)
+    before = counters(engine)
+    outputs, per_forward = engine.forwards(lambda: engine.greedy([REPEATED], 96, ignore_eos=True))
+    assert outputs == plain.repeated
+    assert per_forward > 1 + K
+    for at_once in (1, 16):
+        assert engine.greedy(prompts[:16], 96, at_once=at_once) == plain.prompts
+    assert to_the_end(engine, prompts) == plain.to_the_end
+    moved = [new - old for new, old in zip(counters(engine).accepted, before.accepted, strict=True)]
+    assert moved[LOOKED_UP - 1] > 0 == moved[LOOKED_UP]
+    assert otherwise(engine) == plain.otherwise
 
 
 def test_a_grammar_holds_for_drafts_of_the_text(engines: Engines, plain: Plain) -> None:

@@ -35,6 +35,7 @@ from vllm_mtp.selection import ConfigurationError
 
 SECONDS = 5.0
 TRAINED = 4  # mask tokens of the small adapter
+LOOKED_UP = 16  # drafts without a number, where texts give some too
 DEFAULTS = {
     "layout": "auto",
     "candidates": 64,
@@ -43,7 +44,7 @@ DEFAULTS = {
     "acceptance": "lossless",
     "tau": None,
 }
-OPERATORS = ("max_mask_rows", "acceptance", "tau")  # an adapter may not choose them
+OPERATORS = ("lookup", "max_mask_rows", "acceptance", "tau")  # an adapter may not choose them
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 3, 4, 5, 8, 31, 32, 33, 2**31, 2**63, 2**64, 10**30, 10**400),
     *(0.0, 1.0, 4.0, 4.5, -0.0, 1e308, math.nan, math.inf, -math.inf),
@@ -78,10 +79,16 @@ VALID: dict[str, Callable[[Any], bool]] = {
     ),
     "candidates": lambda value: _whole(value, 1),
     "draft_sample_method": lambda value: isinstance(value, str) and value in ("greedy", "probabilistic"),
+    "lookup": lambda value: value is None or type(value) is bool,
     "max_mask_rows": lambda value: value is None or _whole(value, 1),
     "acceptance": lambda value: isinstance(value, str) and value in ("lossless", "confidence"),
     "tau": lambda value: value is None or (type(value) in (int, float) and 0 <= value <= sys.float_info.max),
 }
+
+
+def looks_up(options: dict[str, Any]) -> bool:
+    """Whether drafts come from texts too."""
+    return options.get("layout", "auto") == "auto" and options.get("lookup") is not False
 
 
 def at_fault(options: dict[str, Any]) -> set[str]:
@@ -89,10 +96,12 @@ def at_fault(options: dict[str, Any]) -> set[str]:
     wrong = {name for name, value in options.items() if name not in VALID or not VALID[name](value)}
     k, layout = options["num_speculative_tokens"], options.get("layout", "auto")
     if "num_speculative_tokens" not in wrong:
-        if k > TRAINED:
+        if k > TRAINED and not looks_up(options):
             wrong.add("num_speculative_tokens")
         if "layout" not in wrong and not isinstance(layout, str) and (len(layout) != k + 1 or max(layout) > k):
             wrong.add("layout")
+    if options.get("lookup") is True and not looks_up(options):
+        wrong.add("lookup")
     if options.get("tau") is not None and options.get("acceptance", "lossless") == "lossless":
         wrong.add("tau")
     return wrong
@@ -131,7 +140,7 @@ class Fuzzer:
         for name in VALID:
             if rng.random() < share:
                 usual = {"num_speculative_tokens": rng.randint(1, 5), "layout": rng.choice(("auto", "linear", [2, 2, 2]))}
-                usual |= {"acceptance": "confidence", "tau": 0.9}
+                usual |= {"acceptance": "confidence", "tau": 0.9, "lookup": rng.choice((True, False, None))}
                 value = usual.get(name, DEFAULTS.get(name)) if rng.random() < 0.5 else rng.choice(ODD)
                 options[name.replace("_", "-") if dashes and rng.random() < 0.2 else name] = value
         if rng.random() < 0.1:
@@ -224,8 +233,10 @@ class Fuzzer:
             return {"mtp"}, {}
         defaults = {name: value for name, value in (serving or {}).items() if value is not None}
         own = {name: value for name, value in asked.items() if name not in ("method", "model")}
-        merged = {"num_speculative_tokens": TRAINED, **defaults, **more, **own}
-        return at_fault(merged), merged
+        merged = {**defaults, **more, **own}
+        merged.setdefault("num_speculative_tokens", LOOKED_UP if looks_up(merged) else TRAINED)
+        wrong = at_fault(merged)
+        return wrong, merged if wrong else {**merged, "lookup": looks_up(merged)}
 
     @staticmethod
     def _may_default(name: str, value: Any) -> bool:
@@ -283,8 +294,9 @@ class Fuzzer:
     def _check_rows(self, options: ServingOptions, arguments: EngineArgs) -> None:
         """The numbers that workers make of options."""
         rows, k = arguments.max_num_batched_tokens or 2048, options.num_speculative_tokens
+        longest = min(k, TRAINED)
         budget = load.mask_row_budget(options.max_mask_rows, rows, on_cpu=True)
-        layouts = load.fitting_layouts(k, rows, budget) if options.layout == "auto" else [group_lengths(options.layout, k)]
+        layouts = load.fitting_layouts(longest, rows, budget) if options.layout == "auto" else [group_lengths(options.layout, k)]
         if not 1 <= budget <= rows or not layouts or most_groups(layouts, arguments.max_num_seqs or 256, budget) < 0:
             raise Violation(f"{budget} mask rows of {rows}, layouts {layouts}")
         left = arguments.max_num_scheduled_tokens

@@ -13,17 +13,20 @@ import pytest
 from vllm import envs, triton_utils
 from vllm.config import VllmConfig
 
+from vllm_mtp import demo
+from vllm_mtp.adapter import read_config
 from vllm_mtp.config import ServingOptions
+from vllm_mtp.foreign import longest_group
 from vllm_mtp.load import drafts_by_batch_size, fitting_layouts
 from vllm_mtp.safe_files import AdapterError
-from vllm_mtp.selection import ConfigurationError, _check_servable, asked_for, resolve, runs_on_v2, scheduled_rows
+from vllm_mtp.selection import LOOKED_UP, ConfigurationError, _check_servable, asked_for, resolve, runs_on_v2, scheduled_rows
 from vllm_mtp.v2_config import MaskTokenSpeculativeConfig
 
 ATTENTION_ONLY = {"is_hybrid": False, "is_attention_free": False}
 
 
 def options(**chosen: Any) -> ServingOptions:
-    return ServingOptions(adapter="a", num_speculative_tokens=4, **chosen)
+    return ServingOptions(adapter=str(demo.ADAPTER), num_speculative_tokens=4, **chosen)
 
 
 def check(chosen: ServingOptions) -> None:
@@ -129,6 +132,20 @@ def resolved(adapter: Path, base: Path, asked: dict[str, Any], additional: Any =
     return resolve({"model": str(adapter), **asked}, additional or {}, model, SimpleNamespace())
 
 
+def test_more_drafts_than_mask_tokens_are_looked_up(adapter_folder: Path, base_folder: Path) -> None:
+    masks = read_config(adapter_folder).num_mask_tokens
+    assert masks < LOOKED_UP
+    found = resolved(adapter_folder, base_folder, {})
+    assert (found.lookup, found.num_speculative_tokens, longest_group(found)) == (True, LOOKED_UP, masks)
+    for asked, drafts in (({"lookup": False}, masks), ({"layout": "quadratic"}, masks), ({"num_speculative_tokens": 2}, 2)):
+        found = resolved(adapter_folder, base_folder, asked)
+        assert (found.num_speculative_tokens, longest_group(found)) == (drafts, drafts)
+    more = {"num_speculative_tokens": masks + 1}
+    assert longest_group(resolved(adapter_folder, base_folder, more)) == masks
+    with pytest.raises(ConfigurationError, match=f"ask for at most {masks}; more drafts than that are looked up"):
+        resolved(adapter_folder, base_folder, {**more, "lookup": False})
+
+
 @pytest.mark.parametrize(
     ("asked", "additional", "message"),
     [
@@ -165,7 +182,7 @@ def test_a_checkout_in_front_of_the_installed_package_is_named(monkeypatch: pyte
 
 
 def test_a_base_that_is_no_folder_is_checked_by_its_configuration(adapter_folder: Path, base_folder: Path) -> None:
-    assert resolved(adapter_folder, base_folder, {}).num_speculative_tokens == 4
+    assert resolved(adapter_folder, base_folder, {"lookup": False}).num_speculative_tokens == 4
     config = json.loads((base_folder / "config.json").read_text())
     (base_folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 25}))
     with pytest.raises(AdapterError, match=r"layers\.0\.mlp\..* has shape .*24.*, expected .*25"):

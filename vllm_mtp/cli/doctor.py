@@ -98,7 +98,7 @@ def scratch_memory(config: Any) -> ScratchMemory:
     groups = most_groups(target.layouts, target.max_requests, target.max_mask_rows)
     kind = model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype
     in_place = current_platform.is_cpu() and not selection.runs_on_v2() and reads_cache(*kind) and kernels_load()
-    blocks = groups * (CpuCombAttention if in_place else ForkedSequences).blocks_per_group(target.k, cache.block_size)
+    blocks = groups * (CpuCombAttention if in_place else ForkedSequences).blocks_per_group(target.longest_group, cache.block_size)
     layer = FullAttentionSpec(
         block_size=cache.block_size,
         num_kv_heads=model.get_num_kv_heads(config.parallel_config),

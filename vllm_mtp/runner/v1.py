@@ -42,8 +42,8 @@ class MaskTokenProposer(MaskTokenTarget):
             )
         compat.hook_v1_runner()
         self.runner: Any = None
-        self.control = load.LoadControl(self.k, parallel.longest)
-        self.shaper = Shaper(self.k)
+        self.control = load.LoadControl(self.longest_group, parallel.longest)
+        self.shaper = Shaper(self.longest_group)
         self.shapes_groups = self.options.layout == "auto"
         self.speculates = False
         """Whether the running step is of the way that drafts."""
@@ -120,7 +120,7 @@ class MaskTokenProposer(MaskTokenTarget):
             drafts[np.equal(most_drafts, 0)] = -1
         of_drafts = tuple(drafts.tolist())
         shapes = self._shapes(batch.req_ids, of_drafts) if lengths == SHAPED else shapes_of(lengths, of_drafts)
-        if min(most_drafts) < self.k:
+        if min(most_drafts) < self.longest_group:
             shapes = capped(shapes, most_drafts)
         table = batch.block_table[0].get_device_tensor(num_requests)
         lens = torch.from_numpy(request_len.astype(np.int64)).to(table.device)
@@ -292,7 +292,7 @@ class MaskTokenProposer(MaskTokenTarget):
         assert self.expansion.last is not None
         groups, hidden = self.expansion.last.groups, self.expansion.last.hidden
         last = groups.num_rows - 1
-        wanted = max(usable for _, _, usable in chosen) if self.drafts_any_number and not drawn else self.k
+        wanted = max(usable for _, _, usable in chosen) if self.drafts_any_number and not drawn else self.longest_group
         rows = torch.tensor(
             [[min(groups.starts[group] + m, last) for m in range(wanted)] for _, group, _ in chosen], device=hidden.device
         )
