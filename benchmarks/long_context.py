@@ -4,8 +4,8 @@
 
 Prompts are held-out modules of Python's standard library, one after the other up to a length, for each request others. The demo's
 model learned from sequences of 512 tokens; beyond, its rotary positions are stretched (YaRN, arXiv 2309.00071, without training),
-and those of drafters that attend. Each length is a benchmark of `vllm-mtp bench` in its own folder, with a report. Finished runs
-are not repeated.
+and those of drafters that attend. Settings are those of the file, without a search. Each length is a benchmark of `vllm-mtp bench`
+in its own folder, with a report. Finished runs are not repeated.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def config_of(options: dict[str, Any], length: int, folder: Path) -> BenchConfig
         speculative = dict(method.speculative)
         if "model" in speculative and speculative["method"] != OURS:
             speculative["model"] = str(stretched(Path(speculative["model"]), folder / "drafters"))
-        methods[name] = method.model_copy(update={"speculative": speculative})
+        methods[name] = method.model_copy(update={"speculative": speculative, "search": {}})
     engine = {**config.engine, "hf_overrides": STRETCHED, "max_model_len": LONGEST}
     return config.model_copy(update={"prompts": (file,), "engine": engine, "methods": methods})
 

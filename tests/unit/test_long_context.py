@@ -25,10 +25,11 @@ def test_a_drafter_that_attends_reaches_as_far_as_the_base_and_others_are_left(t
     copy = stretched(tmp_path / "eagle", tmp_path / "copies")
     assert json.loads((copy / "config.json").read_text())["max_position_embeddings"] == LONGEST
     assert json.loads((tmp_path / "eagle/config.json").read_text()) == {"max_position_embeddings": 512}
-    method = {"speculative": {"method": "eagle", "model": str(tmp_path / "eagle")}}
+    method = {"speculative": {"method": "eagle", "model": str(tmp_path / "eagle")}, "search": {"num_speculative_tokens": [1, 2]}}
     config = config_of({"methods": {"EAGLE": method}}, 64, tmp_path / "run")
     assert config.methods["EAGLE"].speculative["model"] == str(tmp_path / "run/drafters/eagle")
     assert len(config.requests(1)) == config.prompts_per_run
+    assert not config.methods["EAGLE"].search
 
 
 def test_the_table_has_a_column_for_each_length() -> None:
