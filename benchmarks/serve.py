@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--method", action="append", help="only this one of the file's; repeatable")
     parser.add_argument("--clients", type=int, action="append", help="instead of the file's; repeatable")
     parser.add_argument("--rounds", type=int, help="instead of the file's")
+    parser.add_argument("--results", type=Path, help="JSON file of the figures without the texts")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end, too
     try:
@@ -198,6 +199,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     report["summary"] = summary(report)
     keep()
+    if options.results:
+        runs = [{name: value for name, value in run.items() if name != "texts"} for run in report["runs"]]
+        write_whole(options.results, json.dumps({**report, "runs": runs}, indent=1).replace(f'"{Path.cwd()}/', '"') + "\n")
     print(table(report))
 
 

@@ -18,6 +18,7 @@ from tests import feature_table, version_table
 from vllm_mtp import compat, contract, demo
 from vllm_mtp.adapter import read_config
 from vllm_mtp.bench.config import BenchConfig, Method
+from vllm_mtp.bench.report import TRAINING_COLUMNS, training_cells
 from vllm_mtp.cli.eval import tokens_per_forward
 from vllm_mtp.cli.main import app
 from vllm_mtp.config import AdapterConfig, BaseFacts, SamplerConfig, ServingDefaults, ServingOptions
@@ -352,6 +353,26 @@ def methods() -> str:
     )
 
 
+def trained() -> str:
+    """What the training of each method of `make bench` took."""
+    found = measured("bench.json")["training"]
+    return table(["method", *TRAINING_COLUMNS], [[name, *training_cells(facts)] for name, facts in found.items()])
+
+
+def searched() -> str:
+    """The settings that `make bench` tried: tokens a second over plain vLLM's by clients, the chosen one in bold."""
+    report = measured("bench.json")
+    clients, cells = report["config"]["clients"], dict[tuple[str, str], dict[int, str]]()
+    for row in report["search"]:
+        setting = ", ".join(
+            f"{'drafts' if name == 'num_speculative_tokens' else name} {value}" for name, value in row["setting"].items()
+        )
+        ratio = f"{row['ratio']:.2f}"
+        cells.setdefault((row["method"], setting), {})[row["clients"]] = f"**{ratio}**" if row["chosen"] else ratio
+    columns = ["method", "setting", *(f"{number} client{'s' if number > 1 else ''}" for number in clients)]
+    return table(columns, [[*which, *(of.get(number, "-") for number in clients)] for which, of in cells.items()])
+
+
 def linear_layers() -> str:
     """The table of `benchmarks.cpu_linear`."""
     remarks = {9: " (a comb of 2)", 25: " (a comb of 4)", 2048: " (a prompt)"}
@@ -399,6 +420,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "two forwards": two_forwards,
         "gate": gate,
         "equal drafts": equal_drafts,
+        "trained": trained,
+        "searched": searched,
     },
     "confidence.md": {"confidence": confidence, "distilled": lambda: confidence("distil_soft.json")},
     "../README.md": {

@@ -52,7 +52,7 @@ class BenchConfig(StrictModel):
     max_tokens: Positive = 128
     """Output tokens of a request."""
     prompts_per_run: Positive = 24
-    """Requests in a run, at least twice the clients."""
+    """Requests in a run, at least four times the clients."""
     rounds: Positive = 3
     """Runs of every method at each number of clients, in turns; a ratio is of runs of one round."""
     search_prompts_per_run: Positive = 12
@@ -78,7 +78,7 @@ class BenchConfig(StrictModel):
 
     def requests(self, clients: int) -> list[str]:
         """The prompts of a run that compares; DataError when they cannot be read."""
-        return self._asked(max(self.prompts_per_run, 2 * clients))
+        return self._asked(max(self.prompts_per_run, 4 * clients))
 
     def search_requests(self, clients: int) -> list[str]:
         """The prompts of a run that looks for a setting; DataError when they cannot be read."""

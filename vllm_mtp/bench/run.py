@@ -8,12 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
+
 from vllm_mtp.bench.config import PLAIN, BenchConfig
 from vllm_mtp.cli.engine import EngineProcess, Generation
 from vllm_mtp.outputs import Output
 from vllm_mtp.whole_files import write_whole
 
 SEARCH, COMPARE = "search", "compare"
+BESIDE_WEIGHTS = 3 << 29
+"""Bytes of an engine's own, the KV cache among them: 0.9 GiB were seen of one with a small model."""
+MOST_ENGINES = 16
 
 
 class BenchError(ValueError):
@@ -151,6 +156,13 @@ class Engines:
         }
 
 
+def engines_that_fit(config: BenchConfig) -> int:
+    """How many engines the machine's memory holds at a time: those that stay are not started twice."""
+    weights = sum(file.stat().st_size for file in Path(config.base).glob("*.safetensors"))
+    an_engine = BESIDE_WEIGHTS + 2 * weights
+    return int(min(MOST_ENGINES, max(1, psutil.virtual_memory().available // an_engine)))
+
+
 class Benchmark:
     """A benchmark in a folder; `run` goes on from what is finished there.
 
@@ -158,11 +170,10 @@ class Benchmark:
         config: what to run.
         folder: where finished runs are kept.
         progress: called with the number of finished runs, of all runs, and what runs now.
-        most_engines: engines that memory holds at a time.
     """
 
-    def __init__(self, config: BenchConfig, folder: Path, progress: Callable[[int, int, str], None], most_engines: int = 8) -> None:
-        self.config, self.folder, self._progress, self._most = config, folder, progress, most_engines
+    def __init__(self, config: BenchConfig, folder: Path, progress: Callable[[int, int, str], None]) -> None:
+        self.config, self.folder, self._progress = config, folder, progress
         self.book = Book(folder, config)
 
     # -- what there is to run ----------------------------------------------------------------------------------------
@@ -206,7 +217,7 @@ class Benchmark:
             EngineError: an engine did not start or died.
             OSError: a finished run cannot be kept.
         """
-        with Engines(self.config, self.folder / "logs", self._say, self._most) as engines:
+        with Engines(self.config, self.folder / "logs", self._say, engines_that_fit(self.config)) as engines:
             for number, settings in enumerate(self.searched().values()):
                 # Each method has rounds of its own, with plain runs in them.
                 rounds = range(number * self.config.search_rounds, (number + 1) * self.config.search_rounds)
