@@ -16,8 +16,8 @@ from vllm_mtp.outputs import Output
 from vllm_mtp.whole_files import write_whole
 
 SEARCH, COMPARE = "search", "compare"
-BESIDE_WEIGHTS = 3 << 29
-"""Bytes of an engine's own, the KV cache among them: 0.9 GiB were seen of one with a small model."""
+AN_ENGINE = 1 << 30
+"""Bytes of an engine beside its KV cache and its weights: 0.9 GiB were seen."""
 MOST_ENGINES = 16
 
 
@@ -159,7 +159,7 @@ class Engines:
 def engines_that_fit(config: BenchConfig) -> int:
     """How many engines the machine's memory holds at a time: those that stay are not started twice."""
     weights = sum(file.stat().st_size for file in Path(config.base).glob("*.safetensors"))
-    an_engine = BESIDE_WEIGHTS + 2 * weights
+    an_engine = AN_ENGINE + config.engine.get("kv_cache_memory_bytes", 1 << 30) + 2 * weights
     return int(min(MOST_ENGINES, max(1, psutil.virtual_memory().available // an_engine)))
 
 

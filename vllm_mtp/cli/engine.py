@@ -55,7 +55,9 @@ class EngineProcess:
         # The engine stays in the worker's process: this process is its only client, and the step loop is then all there is.
         # One thread for CPU builds: OpenMP threads wait by spinning, so two engines or a busy machine make more of them slower.
         # And for Numba, which vLLM's n-gram lookup is written in: its threads are OpenMP's, so it would give that engine more.
-        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+        defaults = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+        if "kv_cache_memory_bytes" not in engine_args:  # which a CPU platform would not look at beside this
+            defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"
         environment = {**defaults, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         with log.open("w") as file:
             self._process = subprocess.Popen(
