@@ -353,6 +353,27 @@ def methods() -> str:
     )
 
 
+def _mean_and_spread(figure: dict[str, Any]) -> str:
+    sd = "" if figure["sd"] is None else f" ± {figure['sd']:.2f}"
+    return f"{figure['mean']:.2f}{sd}"
+
+
+def ablation() -> str:
+    """Tokens a forward of each stage of a recipe, the three domains together, mean and standard deviation over seeds, and over the
+    paper's recipe (`benchmarks.ablation`)."""
+    report, budgets, rows = measured("ablation.json"), ("1", "2", "4", "8"), []
+    for stage, domains in report["stages"].items():
+        of_all = domains["average"]["all"]
+        if of_all:
+            over = report["over the paper's recipe"].get(stage, {}).get("average", {})
+            cells = [_mean_and_spread(of_all[k]) for k in budgets]
+            cells += [_mean_and_spread(domains["average"]["novel"]["8"])]
+            cells += [_mean_and_spread(over[k]) if over else "-" for k in ("4", "8")]
+            rows.append([stage, str(len(of_all["8"]["seeds"])), *cells])
+    columns = ["stage", "seeds", *(f"k = {k}" for k in budgets), "novel, k = 8", "over the paper's, k = 4", "k = 8"]
+    return table(columns, rows)
+
+
 def trained() -> str:
     """What the training of each method of `make bench` took."""
     found = measured("bench.json")["training"]
@@ -421,6 +442,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "gate": gate,
         "equal drafts": equal_drafts,
         "trained": trained,
+        "ablation": ablation,
         "searched": searched,
     },
     "confidence.md": {"confidence": confidence, "distilled": lambda: confidence("distil_soft.json")},

@@ -1,5 +1,6 @@
 """Run a benchmark: look for each method's best setting, then run all methods in turns. What is done is kept, run by run."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -217,16 +218,20 @@ class Benchmark:
             EngineError: an engine did not start or died.
             OSError: a finished run cannot be kept.
         """
-        with Engines(self.config, self.folder / "logs", self._say, engines_that_fit(self.config)) as engines:
+        most = engines_that_fit(self.config)
+        with Engines(self.config, self.folder / "logs", self._say, most) as engines:
             for number, settings in enumerate(self.searched().values()):
                 # Each method has rounds of its own, with plain runs in them.
                 rounds = range(number * self.config.search_rounds, (number + 1) * self.config.search_rounds)
                 for clients in self.config.clients:
                     self._in_turns(engines, SEARCH, clients, self.config.temperatures[0], rounds, [Setting(PLAIN), *settings])
-            for temperature in self.config.temperatures:
-                for clients in self.config.clients:
-                    settings = [Setting(PLAIN), *(self.best(method, clients) for method in self.config.methods)]
-                    self._in_turns(engines, COMPARE, clients, temperature, range(self.config.rounds), settings)
+            best = {n: [Setting(PLAIN), *(self.best(method, n) for method in self.config.methods)] for n in self.config.clients}
+            # A round is all numbers of clients where the engines of all stay, so that its spread is that of minutes.
+            turns = [range(i, i + 1) for i in range(self.config.rounds)]
+            if len({setting.key for settings in best.values() for setting in settings}) > most:
+                turns = [range(self.config.rounds)]
+            for temperature, turn, clients in itertools.product(self.config.temperatures, turns, self.config.clients):
+                self._in_turns(engines, COMPARE, clients, temperature, turn, best[clients])
 
     def _in_turns(
         self, engines: Engines, stage: str, clients: int, temperature: float, rounds: range, settings: Sequence[Setting]

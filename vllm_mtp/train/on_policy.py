@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,6 +14,8 @@ from vllm_mtp.train.data import Corpus
 from vllm_mtp.train.documents import DataError
 
 BATCH = 64
+MEMORY, OF_WHAT_IS_LEFT = 0.5, 0.8
+"""Share of a device's memory that vLLM gets; and of a machine's that others have not taken, where there is no device."""
 Continue = Callable[[list[torch.Tensor], bool], list[torch.Tensor]]
 """(prompts, sample) -> prompts with what the base wrote after them, end token included, up to the length of a sequence."""
 
@@ -22,6 +25,15 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig | 
     given = getattr(settings, "eos_token_id", None)
     ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
     return tuple(sorted(ends))
+
+
+def _memory_share() -> float:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return MEMORY
+    memory = psutil.virtual_memory()
+    return float(min(MEMORY, OF_WHAT_IS_LEFT * memory.available / memory.total))
 
 
 @contextmanager
@@ -50,7 +62,7 @@ def continuer(base: PreTrainedModel, ends: Sequence[int], config: TrainConfig) -
         str(config.base),
         max_model_len=T,
         max_num_seqs=4 * BATCH,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=_memory_share(),
         enable_prefix_caching=False,
     )
 
