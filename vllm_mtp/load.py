@@ -22,7 +22,8 @@ from vllm_mtp.shaping import FIRST_PRICE, LOWEST_PRICE, SHAPED
 
 SETTLE = 2  # steps after a change that still verify, or pay for, what was asked for before it
 BURST = 24
-TRIAL = 8  # steps of a burst that tries the other way
+TRIAL = 8  # steps of a burst that tries the other way, and more where those with drafts have few requests
+OF_A_TRIAL = 32  # a request in a step each: how many tokens it gets differs too much for fewer of them to tell anything
 PATIENCE = 3  # steps that are not comparable, over those that a trial has, after which it is given up
 FIRST_RETRY, LAST_RETRY = 8, 64  # bursts until it is tried again; doubled each time it loses
 COST_OF_LOOKING = 0.003  # share of the time that trials may cost; what is far off waits longer
@@ -30,10 +31,12 @@ CLEARLY = 1.02  # drafts take over if they promise twice this more; plain decodi
 LEARN = 0.5  # how fast trials correct what one way costs beside the forecast
 UNSETTLED = 1.15  # a trial means nothing where the other way's own steps changed so much meanwhile
 REMEMBER = 0.99  # what is left of such a correction a burst later
-HOPED_GAIN = 1.8, 6.0  # tokens and rows of a request with drafts, before one was seen
+OF_ANOTHER_PRICE = 50.0  # most that this counts at another price than it was seen at
 DEARER = 1.5  # drafts that lost when a row was held so many times cheaper have not lost: there were too many of them
 RECENT = 8  # bursts with drafts; what one before them brought means nothing if rows have become dearer or cheaper
-NEW = 0.3  # share of a burst in what is known of tokens and rows
+IN_MIND = 200.0
+"""A request in a step each, after which older ones count less in what is known of tokens and rows."""
+NEW = 0.3  # most that a burst counts in it
 ALIKE = 0.1  # share by which the number of requests may differ between steps of a burst that are told apart by something else
 KINDS_OF_ROWS = attrgetter("rows"), attrgetter("prompt_rows")  # of a step, which the steps of a burst may differ in
 TOLD_APART = 0.2  # share by which steps must differ from others, in rows or in context, to tell what that takes
@@ -183,6 +186,33 @@ class _Trial:
     pace: float
 
 
+class _Gain(NamedTuple):
+    """What drafts bring.
+
+    Attributes:
+        tokens, rows: of a request in a step with drafts.
+        weight: of how many, a request in a step each, that is known.
+    """
+
+    tokens: float
+    rows: float
+    weight: float
+
+    def with_burst(self, tokens: float, rows: float, weight: float) -> "_Gain":
+        """With what a burst showed."""
+        share = weight / (self.weight + weight)
+        if self.weight == IN_MIND:
+            share = min(NEW, share)
+
+        def mixed(old: float, new: float) -> float:
+            return old + share * (new - old)
+
+        return _Gain(mixed(self.tokens, tokens), mixed(self.rows, rows), min(IN_MIND, self.weight + weight))
+
+
+HOPED_GAIN = _Gain(1.8, 6.0, 8.0)  # before drafts were seen
+
+
 class LoadControl:
     """Chooses from what the steps before it gave whether a step has drafts, and says what a row may cost.
 
@@ -198,8 +228,8 @@ class LoadControl:
         self.plain = (0,) * (k + 1)
         self.price = FIRST_PRICE
         """Of a row, in tokens."""
-        self._gains: dict[int, tuple[float, float]] = {}
-        """Tokens and rows of a request in a step with drafts, by price, each level of which is `DEARER` times the one before."""
+        self._gains: dict[int, _Gain] = {}
+        """By price, each level of which is `DEARER` times the one before."""
         self._seen: deque[int] = deque(maxlen=RECENT)
         """Levels of the last bursts with drafts."""
         self._buckets: dict[int, _Bucket] = {}
@@ -294,7 +324,7 @@ class LoadControl:
         return round(math.log(self.price, DEARER))
 
     @property
-    def _gain(self) -> tuple[float, float]:
+    def _gain(self) -> _Gain:
         """What drafts bring at about this price, or where that was not seen for long, as they did last."""
         if self._level in self._seen:
             return self._gains[self._level]
@@ -313,7 +343,7 @@ class LoadControl:
 
     def _promises(self, bucket: _Bucket, num_requests: float) -> tuple[float, float]:
         """Tokens a second of plain decoding and with drafts."""
-        tokens, rows = self._gain
+        tokens, rows, _ = self._gain
         plain = num_requests / (self._forecast(num_requests, num_requests) * bucket.plain.slowness)
         return plain, num_requests * tokens / (self._forecast(num_requests, num_requests * rows) * bucket.shaped.slowness)
 
@@ -353,7 +383,7 @@ class LoadControl:
             self._length = BURST
             due = bucket.way(not drafts).due <= bucket.bursts or (not drafts and self._level not in self._seen)
             if self._rested and due:
-                self._drafts, self._length = not drafts, TRIAL
+                self._drafts, self._length = not drafts, _steps_of_a_trial(not drafts, num_requests)
         self._settling = SETTLE if self._drafts != before else 0
         self._steps, self._skipped, self._without = [], 0, 0
 
@@ -373,9 +403,11 @@ class LoadControl:
         if self._drafts:
             without = self._without / count
             requests = mean.requests - without
-            gain = (mean.tokens - without) / requests, (mean.rows - without) / requests
-            tokens, rows = self._gain if self._level in self._seen or (bucket.drafts and self._seen) else gain
-            self._gains[self._level] = tokens + NEW * (gain[0] - tokens), rows + NEW * (gain[1] - rows)
+            known = self._gain
+            if self._level not in self._seen:
+                known = known._replace(weight=min(known.weight, OF_ANOTHER_PRICE) if bucket.drafts else 0.0)
+            seen = (mean.tokens - without) / requests, (mean.rows - without) / requests
+            self._gains[self._level] = known.with_burst(*seen, requests * count)
             self._seen.append(self._level)
         if self._drafts != bucket.drafts:
             self._trial, self._rested = _Trial(mean, ratio, bucket.pace), False
@@ -449,9 +481,19 @@ class LoadControl:
         other.tried = True
         promises = self._promises(bucket, after.requests)
         # In steps of the better way; those of the other one may be many times as long.
-        lost = (TRIAL + SETTLE) * rival / beside * max(1 - promises[not bucket.drafts] / promises[bucket.drafts], 0.0)
+        lost = (
+            (_steps_of_a_trial(not bucket.drafts, after.requests) + SETTLE)
+            * rival
+            / beside
+            * max(1 - promises[not bucket.drafts] / promises[bucket.drafts], 0.0)
+        )
         other.due = bucket.bursts + max(other.wait, round(lost / (COST_OF_LOOKING * BURST)))
         other.wait = min(LAST_RETRY, 2 * other.wait)
+
+
+def _steps_of_a_trial(drafts: bool, num_requests: float) -> int:
+    """What plain decoding gives is known, and its time is much the same in every step."""
+    return max(TRIAL, math.ceil(OF_A_TRIAL / num_requests)) if drafts else TRIAL
 
 
 def _halves(steps: Sequence[_Step], key: Callable[[_Step], float]) -> tuple[list[_Step], list[_Step]]:

@@ -254,7 +254,7 @@ def test_a_new_batch_size_does_not_begin_with_what_is_hopeless_at_the_next_one()
     for _ in range(300):
         masked += control.choose(3) != PLAIN
         server.run(control, 3, 1)
-    assert masked < 25
+    assert masked < 30  # two trials
 
 
 def test_the_candidates_hold_plain_decoding_and_the_full_comb() -> None:
