@@ -254,7 +254,7 @@ def plot(stages: dict[str, Any], file: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("tokens per forward, held out")
     if figure.axes[0].lines:
-        figure.axes[0].legend(frameon=False)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     with whole(file) as part_file:
         figure.savefig(part_file, format="png", dpi=120)
 
