@@ -1,8 +1,8 @@
-"""Whether two runs of one benchmark agree: each ratio of one within the spread that the other states, or their spreads overlap.
+"""Whether two runs of one benchmark agree: the 95 % intervals overlap that they state for the ratio of each method to plain vLLM.
 
     python -m benchmarks.agree build/first/report.json build/second/report.json
 
-The exit status is 1 where a method's spreads lie apart at some number of clients: the machine was another, or the code.
+The exit status is 1 where a method's lie apart at some number of clients: the machine was another, or the code.
 """
 
 import argparse
@@ -18,14 +18,14 @@ Key = tuple[float, int, str]
 
 
 def cells(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
-    """The comparisons of a report with plain vLLM."""
-    rows = (row for row in report["results"] if row["method"] != PLAIN and row["ratio"] is not None)
+    """The comparisons of a report with plain vLLM, of two rounds or more."""
+    rows = (row for row in report["results"] if row["method"] != PLAIN and row["ratio_interval"] is not None)
     return {(row["temperature"], row["clients"], row["method"]): row for row in rows}
 
 
 def overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two rows' spreads, lowest to highest ratio, have a number in common."""
-    (low, high), (other_low, other_high) = one["ratio_range"], other["ratio_range"]
+    """Whether two rows' intervals have a number in common."""
+    (low, high), (other_low, other_high) = one["ratio_interval"], other["ratio_interval"]
     return bool(low <= other_high and other_low <= high)
 
 
@@ -43,12 +43,12 @@ def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[Key, bool]:
 
 
 def table(one: dict[str, Any], other: dict[str, Any], found: dict[Key, bool]) -> str:
-    """In Markdown: both ratios with their spreads."""
+    """In Markdown: both ratios with their intervals."""
     lines = ["| clients | method | first | second | agree |", "|---|---|---|---|---|"]
     for key, same in found.items():
         shown = []
         for row in (cells(one)[key], cells(other)[key]):
-            low, high = row["ratio_range"]
+            low, high = row["ratio_interval"]
             shown.append(f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})")
         lines.append(f"| {key[1]} | {key[2]} | {shown[0]} | {shown[1]} | {'yes' if same else 'NO'} |")
     return "\n".join(lines)

@@ -11,9 +11,9 @@ from benchmarks import agree
 
 
 def report(**ratios: tuple[float, float, float]) -> dict[str, Any]:
-    rows = [{"method": "plain vLLM", "clients": 1, "temperature": 0.0, "ratio": 1.0, "ratio_range": [1.0, 1.0]}]
+    rows = [{"method": "plain vLLM", "clients": 1, "temperature": 0.0, "ratio": 1.0, "ratio_interval": [1.0, 1.0]}]
     rows += [
-        {"method": name, "clients": 1, "temperature": 0.0, "ratio": middle, "ratio_range": [low, high]}
+        {"method": name, "clients": 1, "temperature": 0.0, "ratio": middle, "ratio_interval": [low, high]}
         for name, (middle, low, high) in ratios.items()
     ]
     return {"results": rows}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.browser import show
 from vllm_mtp.bench import run as bench_run
 from vllm_mtp.bench.config import PLAIN, BenchConfig, Method
-from vllm_mtp.bench.report import RESULT_COLUMNS, result_cells, write_report
+from vllm_mtp.bench.report import RESULT_COLUMNS, interval, result_cells, write_report
 from vllm_mtp.bench.run import COMPARE, SEARCH, BenchError, Benchmark, Setting
 from vllm_mtp.cli.engine import Generation
 from vllm_mtp.cli.main import app
@@ -102,6 +102,14 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path) -> None:
     Engine.made = 0
     benchmark(tmp_path).run()
     assert Engine.made == 0
+
+
+def test_an_interval_is_students_around_the_geometric_mean() -> None:
+    assert interval([1.5]) is None
+    assert interval([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0])
+    low, high = interval([1.0, 1.1, 1.21]) or [0, 0]
+    assert low * high == pytest.approx(1.1**2)
+    assert high / 1.1 == pytest.approx(1.1 ** (4.30 / 3**0.5), rel=1e-3)
 
 
 def test_other_options_need_another_folder(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def _results(benchmark: Benchmark) -> Iterable[dict[str, Any]]:
             "tokens_per_second": statistics.median(run.tokens_per_second for run in mine.values()),
             "ratio": statistics.median(found) if found else None,
             "ratio_range": [min(found), max(found)] if found else None,
+            "ratio_interval": interval(found),
             "ratios": found,
             "milliseconds_per_forward": statistics.median(1e3 * run.seconds / run.num_forwards for run in mine.values()),
             "tokens_per_forward": tokens_per_forward(outputs),
@@ -119,6 +120,20 @@ def _results(benchmark: Benchmark) -> Iterable[dict[str, Any]]:
             "identical": _identical(plain.get(first), mine[first]) if temperature == 0 else None,
             "num_prompts": len(outputs),
         }
+
+
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Student's t for 95 % with 1, 2, .. degrees of freedom; beyond, that of the last."""
+
+
+def interval(found: Sequence[float]) -> list[float] | None:
+    """Where such a ratio is with 95 % confidence, if rounds differ by chance; around the geometric mean. None for a single one."""
+    if len(found) < 2:
+        return None
+    logarithms = [math.log(ratio) for ratio in found]
+    half = STUDENT[min(len(found) - 1, len(STUDENT)) - 1] * statistics.stdev(logarithms) / math.sqrt(len(found))
+    middle = statistics.fmean(logarithms)
+    return [math.exp(middle - half), math.exp(middle + half)]
 
 
 def _identical(plain: Generation | None, ours: Generation) -> int | None:
@@ -252,11 +267,13 @@ def result_cells(row: dict[str, Any]) -> list[str]:
     """A comparison as the page and the README show it."""
     low, high = row["ratio_range"] or (None, None)
     spread = "-" if low is None else f"{low:.2f} to {high:.2f}"
+    sure = "-" if row["ratio_interval"] is None else "{:.2f} to {:.2f}".format(*row["ratio_interval"])
     same = "-" if row["identical"] is None else f"{row['identical']} of {row['num_prompts']}"
     return [
         row["method"],
         _number(row["ratio"], 2),
         spread,
+        sure,
         _number(row["tokens_per_second"], 0),
         _number(row["tokens_per_forward"], 2),
         _number(row["tokens_per_forward_novel"], 2),
@@ -269,6 +286,7 @@ RESULT_COLUMNS = (
     "method",
     "over plain",
     "lowest to highest",
+    "95 %",
     "tokens a second",
     "tokens a forward",
     "novel",
@@ -308,7 +326,7 @@ def page(report: dict[str, Any]) -> str:
     where = f"{report['date']}, {facts['processor']}, {facts['cores']} cores; {versions}; base model "
     how = (
         f". Medians of {config['rounds']} rounds in which all methods ran in turns on the same prompts; a ratio is of a run and "
-        "plain vLLM's of the same round (lowest to highest)."
+        "plain vLLM's of the same round (lowest to highest, and where it is with 95 % confidence)."
     )
     parts = [
         "<h1>Speculation on one build of vLLM</h1>",
