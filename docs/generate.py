@@ -14,6 +14,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from benchmarks import long_context
 from tests import feature_table, version_table
 from vllm_mtp import compat, contract, demo
 from vllm_mtp.adapter import read_config
@@ -443,6 +444,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "equal drafts": equal_drafts,
         "trained": trained,
         "ablation": ablation,
+        "long context": lambda: long_context.table(measured("long_context.json")["results"]),
         "searched": searched,
     },
     "confidence.md": {"confidence": confidence, "distilled": lambda: confidence("distil_soft.json")},
