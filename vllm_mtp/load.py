@@ -481,12 +481,8 @@ class LoadControl:
         other.tried = True
         promises = self._promises(bucket, after.requests)
         # In steps of the better way; those of the other one may be many times as long.
-        lost = (
-            (_steps_of_a_trial(not bucket.drafts, after.requests) + SETTLE)
-            * rival
-            / beside
-            * max(1 - promises[not bucket.drafts] / promises[bucket.drafts], 0.0)
-        )
+        steps = _steps_of_a_trial(not bucket.drafts, after.requests) + SETTLE
+        lost = steps * rival / beside * max(1 - promises[not bucket.drafts] / promises[bucket.drafts], 0.0)
         other.due = bucket.bursts + max(other.wait, round(lost / (COST_OF_LOOKING * BURST)))
         other.wait = min(LAST_RETRY, 2 * other.wait)
 

@@ -1,11 +1,13 @@
 """Files and folders that are there whole or not at all, also when the disk is full or the process is killed."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -73,3 +75,14 @@ def write_whole(path: Path, text: str) -> None:
     """
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def below_here(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures as JSON has them, with paths below this folder as they are in it: they are for other machines too."""
+    found: dict[str, Any] = json.loads(json.dumps(figures).replace(f'"{Path.cwd()}/', '"'))
+    return found
+
+
+def write_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Writes what was measured as JSON, `below_here`."""
+    write_whole(path, json.dumps(below_here(figures), indent=1) + "\n")

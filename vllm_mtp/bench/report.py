@@ -25,7 +25,7 @@ from vllm_mtp.cli.engine import Generation
 from vllm_mtp.cli.measure import num_identical
 from vllm_mtp.machine import machine
 from vllm_mtp.outputs import acceptance_by_position, acceptance_length, novel, tokens_per_forward
-from vllm_mtp.whole_files import write_whole
+from vllm_mtp.whole_files import below_here, write_whole
 
 OURS = "mtp"
 """The speculative method of this package."""
@@ -361,8 +361,7 @@ def write_report(benchmark: Benchmark) -> dict[str, Any]:
     Raises:
         OSError: they cannot be written.
     """
-    # Paths below this folder as they are in it: the report is for other machines too.
-    report = json.loads(json.dumps(figures(benchmark)).replace(f'"{Path.cwd()}/', '"'))
+    report = below_here(figures(benchmark))
     write_whole(benchmark.folder / "report.json", json.dumps(report, indent=1) + "\n")
     write_whole(benchmark.folder / "report.html", page(report))
     return report

@@ -3,6 +3,7 @@
 import itertools
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,6 +21,11 @@ SEARCH, COMPARE = "search", "compare"
 AN_ENGINE = 1 << 30
 """Bytes of an engine beside its KV cache and its weights: 0.9 GiB were seen."""
 MOST_ENGINES = 16
+
+
+def say_plainly(done: int, total: int, what: str) -> None:
+    """Progress of a `Benchmark` as lines on standard error."""
+    print(f"{done} of {total}  {what}", file=sys.stderr, flush=True)
 
 
 class BenchError(ValueError):
