@@ -7,7 +7,6 @@ in turns. On processors with AVX-512 or AVX2.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from vllm_mtp.kernels.gated_lora import CpuLowRankSlices, LowRankSlices
 
 from vllm_mtp.cpu_linear import PackedLinear
 from vllm_mtp.machine import machine
+from vllm_mtp.whole_files import write_figures
 
 LAYERS = [(384, (384, 128, 128)), (384, (384,)), (384, (2176, 2176)), (2176, (384,))] * 4
 """Inputs, and outputs of each fused part."""
@@ -89,7 +89,7 @@ def main() -> None:
         print(f"| {rows} | {real} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f} |", flush=True)
     if options.json:
         facts = {"command": sys.argv, "machine": machine(), "threads": options.threads}
-        options.json.write_text(json.dumps({**facts, "steps": found}, indent=2).replace(f'"{Path.cwd()}/', '"') + "\n")
+        write_figures(options.json, {**facts, "steps": found})
 
 
 if __name__ == "__main__":

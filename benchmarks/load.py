@@ -33,7 +33,7 @@ from vllm_mtp.cli.measure import compare, in_turns
 from vllm_mtp.forecast import Batch
 from vllm_mtp.machine import machine
 from vllm_mtp.metrics import layout_name
-from vllm_mtp.whole_files import write_whole
+from vllm_mtp.whole_files import below_here, write_whole
 
 K = 8
 LONGEST = 4096
@@ -240,7 +240,7 @@ def main() -> None:
 
     def keep(part: str, found: Any) -> None:
         report[part] = found
-        write_whole(options.output, json.dumps(report).replace(f'"{Path.cwd()}/', '"') + "\n")
+        write_whole(options.output, json.dumps(below_here(report)) + "\n")
 
     if not {"clients", "by_confidence", "ramp"} <= report.keys():
         logs = Path(tempfile.mkdtemp(prefix="vllm-mtp-load-"))

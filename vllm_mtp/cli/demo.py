@@ -1,6 +1,5 @@
 """`vllm-mtp demo`: plain vLLM and vLLM with the plugin side by side on prompts that the model has not seen."""
 
-import json
 import math
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from vllm_mtp.cli.show import print_completion, print_error, print_table
 from vllm_mtp.demo import mixed_prompts
 from vllm_mtp.machine import machine
 from vllm_mtp.outputs import tokens_per_forward
-from vllm_mtp.whole_files import write_whole
+from vllm_mtp.whole_files import write_figures
 
 CONCURRENCIES = (1, 16)
 PROMPTS_BY_CONCURRENCY = {1: 24, 16: 64}
@@ -104,9 +103,8 @@ def run(options: DemoOptions) -> int:
         print_error(error)
         return 1
     if options.json_file is not None:
-        # Paths below this folder as they are in it: the file is for other machines too.
         try:
-            write_whole(options.json_file, json.dumps(report, indent=2).replace(f'"{Path.cwd()}/', '"') + "\n")
+            write_figures(options.json_file, report)
         except OSError as error:
             print_error(error)
             return 1
