@@ -5,11 +5,13 @@
 The demo's base, random tokens, random prefixes, forward and backward of one sequence. *Dense* is masked input as a single sequence:
 real rows and all mask rows in one forward with gradients, LoRA behind a gate, one mask of [rows, rows], logits of all rows.
 Each computation runs in processes of its own, in turns; memory is the most that its process held, less what it held before the
-first step.
+first step. Freed memory is kept for the next step in all of them, as the trainer does it.
 """
 
 import argparse
+import cProfile
 import json
+import pstats
 import resource
 import statistics
 import subprocess
@@ -27,12 +29,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vllm_mtp import demo
+from vllm_mtp.cpu_memory import FreedMemory
 from vllm_mtp.machine import machine
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.losses import masked_losses, supervised
 from vllm_mtp.train.model import MaskedModel
+from vllm_mtp.train.run import KEPT_MEMORY
+from vllm_mtp.whole_files import write_figures
 
-OURS: dict[str, dict[str, Any]] = {"packed": {}, "packed, little memory": {"gradient_checkpointing": True, "logit_rows": 1024}}
+OURS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "packed, compiled": {"compile": True},
+    "packed, little memory": {"gradient_checkpointing": True, "logit_rows": 1024},
+}
 DENSE = "dense"
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From tokens [1, T] and prefix lengths [1, G] to a loss."""
@@ -95,6 +104,9 @@ def step_of(name: str, options: argparse.Namespace) -> tuple[MaskedModel, Step]:
         student: Any = model.student.get_base_model()
         student.set_attn_implementation("sdpa")
         return model, partial(dense, model)
+    if config.compile:  # as `vllm_mtp.train.run` does it
+        model.base.set_attn_implementation("eager")
+        model.compile()
     lengths = torch.tensor([options.length])
     return model, lambda ids, prefixes: model(ids, lengths, prefixes)["loss"]
 
@@ -104,23 +116,52 @@ def memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def profile(run: Callable[[], None]) -> dict[str, dict[str, float]]:
+    """Where the time of a step goes: shares of it by operator, and by Python function without what that calls; the largest ones."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as operators:
+        run()
+    by_operator = {event.key: event.self_cpu_time_total for event in operators.key_averages()}
+    python = cProfile.Profile()
+    python.runcall(run)
+    calls = pstats.Stats(python).stats  # type: ignore[attr-defined]
+    total = sum(own for _, _, own, _, _ in calls.values())
+    # What is built in has no file: torch's own functions, which are the operators and the whole backward pass.
+    by_function = {f"{Path(file).name}:{name}": own for (file, _, name), (_, _, own, _, _) in calls.items() if file != "~"}
+    return {
+        "operators": _largest(by_operator, sum(by_operator.values())),
+        "python": {"all": sum(by_function.values()) / total, **_largest(by_function, total)},
+    }
+
+
+def _largest(times: dict[str, float], total: float) -> dict[str, float]:
+    """Shares of the ten largest ones."""
+    return {name: times[name] / total for name in sorted(times, key=times.__getitem__, reverse=True)[:10]}
+
+
 def worker(name: str, options: argparse.Namespace) -> None:
     """Prints one JSON: mask rows with a label, and seconds, of each step; bytes; the loss of the first step."""
+    FreedMemory().keep(KEPT_MEMORY)
     torch.manual_seed(0)
     model, step = step_of(name, options)
     ids = torch.randint(2, model.base.config.vocab_size, (1, options.length))
     prefixes = torch.stack([torch.randperm(options.length - options.k - 1)[: options.groups].sort().values + 1 for _ in range(1)])
-    before, seconds, loss = memory(), [], None
-    for _ in range(1 + options.steps):
-        start = time.perf_counter()
+    losses: list[float] = []
+
+    def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             found = step(ids, prefixes)
         found.backward()
-        seconds.append(time.perf_counter() - start)
-        loss = loss if loss is not None else found.item()
+        losses.append(found.item())
         model.zero_grad()
+
+    before, seconds = memory(), []
+    for _ in range(2 + options.steps):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
     counted = options.groups * options.k  # every group ends inside the sequence
-    print(json.dumps({"rows": counted, "seconds": seconds[1:], "bytes": memory() - before, "loss": loss}))
+    found = {"rows": counted, "seconds": seconds[2:], "bytes": memory() - before, "loss": losses[0]}
+    print(json.dumps({**found, "profile": profile(run)} if options.profile else found))
 
 
 def main() -> None:
@@ -131,8 +172,9 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=128)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--bf16", action="store_true", help="autocast, as the trainer does it")
-    parser.add_argument("--steps", type=int, default=2, help="of a process, after one that is not counted")
+    parser.add_argument("--steps", type=int, default=5, help="of a process, after two that are not counted")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each computation")
+    parser.add_argument("--profile", action="store_true", help="also where the time of a step goes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=[*OURS, DENSE], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -154,10 +196,13 @@ def main() -> None:
         rows, mebibytes = statistics.median(speeds[name]), max(run["bytes"] for run in some) / 2**20
         found[name] = {"rows_per_second": rows, "over_dense": [middle, low, high], "mebibytes": mebibytes, "runs": some}
         print(f"| {name} | {rows:.0f} | {middle:.2f} ({low:.2f} to {high:.2f}) | {mebibytes:.0f} | {some[0]['loss']:.4f} |")
+    if options.profile:
+        for kind, shares in runs[next(iter(OURS))][-1]["profile"].items():
+            print(f"{kind}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     if options.json:
         shape = {name: getattr(options, name) for name in ("length", "k", "groups", "rank", "bf16")}
         report = {"command": sys.argv, "machine": machine(), "shape": shape, "found": found}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_figures(options.json, report)
     return None
 
 

@@ -1,12 +1,11 @@
-"""The C allocator of a CPU server: by default it hands large blocks back to the kernel, and a step allocates them anew."""
+"""The C allocator on a CPU: by default it hands large blocks back to the kernel, and a step allocates them anew."""
 
 import ctypes
+import logging
 import sys
 import time
 
-from vllm.logger import init_logger
-
-logger = init_logger("vllm.mtp")
+logger = logging.getLogger("vllm.mtp")
 
 # malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -44,11 +43,11 @@ class FreedMemory:
             self.malloc_trim.argtypes = [ctypes.c_size_t]
         self.looked = time.monotonic()
 
-    def keep(self) -> None:
-        """From now on freed memory is kept."""
+    def keep(self, most: int = KEPT) -> None:
+        """From now on freed memory is kept, at the heap's end up to `most` bytes."""
         if self.mallopt is None:
             return
-        for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, KEPT), (M_TOP_PAD, TOP_PAD)):
+        for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, most), (M_TOP_PAD, TOP_PAD)):
             if not self.mallopt(option, value):
                 logger.warning("malloc refused option %d; steps may spend time in page faults", option)
 

@@ -125,7 +125,7 @@ class TrainConfig(StrictModel):
     logit_rows: Positive = 8192
     """Rows whose logits exist at a time; where a step has more, they are computed again in the backward pass."""
     compile: bool = False
-    """torch.compile: minutes to start, then a third faster."""
+    """torch.compile: a minute or two to start, then a quarter faster."""
     seed: int = 0
     """Of data and weights."""
     report_to: tuple[str, ...] = ()

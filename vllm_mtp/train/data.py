@@ -214,7 +214,7 @@ class Sequences(Dataset):
             chosen = rows[offset % len(rows) :: self.region - num_masks][: config.groups]
         else:
             chosen = rows[torch.randperm(len(rows), generator=generator)[: config.groups]]
-        prefix_lengths = chosen.repeat(-(-config.groups // len(chosen)))[: config.groups]
+        prefix_lengths = chosen.repeat(-(-config.groups // len(chosen)))[: config.groups].sort().values  # see `group_attention`
         item = {"input_ids": ids, "lengths": torch.tensor(length), "answers": answers, "prefix_lengths": prefix_lengths}
         return {**item, "slots": torch.arange(num_masks + 1)} if num_masks else item
 

@@ -1,14 +1,159 @@
 """Attention of mask rows in training: every group sees the real rows before it and its own earlier rows.
 
-Real keys and a group's own keys are scored apart, so no mask of [mask rows, mask rows] is ever built: for G groups of K rows
-that is K instead of G K columns a row.
+Groups are taken some at a time, which need no more real keys than the longest of their prefixes has, and whose scores are small
+enough to stay in a cache. Scores are computed again in the backward pass, so what is kept for it is a few numbers a row, and no
+mask of all rows is ever built. In order of their prefixes groups read half of what a dense mask reads, or less.
 """
+
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 NAME = "mtp_groups"
+ROWS, ROWS_OF_A_CPU = 1024, 128
+"""Mask rows that are taken at a time."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which real rows each group sees.
+
+    Attributes:
+        prefix_lengths: L of each group, which sees real rows 0 .. L-1; its rows stand at positions L, L+1, .., shape [B, G].
+        num_real: T, real rows of a sequence.
+        parts: groups that are taken at a time, [begin, end), and the longest of their prefixes.
+        real_learn: whether keys and values of real rows have gradients.
+    """
+
+    prefix_lengths: torch.Tensor
+    num_real: int
+    parts: tuple[tuple[int, int, int], ...]
+    real_learn: bool
+
+    @classmethod
+    def of(cls, prefix_lengths: torch.Tensor, num_rows: int, num_real: int, *, real_learn: bool) -> "Groups":
+        """Groups of `num_rows` rows each, in parts; the others as in the attributes."""
+        longest = prefix_lengths.amax(0).tolist()
+        at_a_time = max(1, (ROWS_OF_A_CPU if prefix_lengths.device.type == "cpu" else ROWS) // num_rows)
+        begins = range(0, len(longest), at_a_time)
+        parts = tuple([(begin, begin + len(some), max(some)) for begin in begins if (some := longest[begin : begin + at_a_time])])
+        return cls(prefix_lengths, num_real, parts, real_learn)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some groups' rows, n of each sequence, and the S keys that they see: real ones and their own.
+
+    Attributes:
+        rows: of the queries, [begin, end).
+        own: of the keys, [begin, end).
+        num_real: keys of real rows, the first ones.
+        bias: 0 where a row sees a key and minus infinity where not, [B, 1, 1, n, S].
+    """
+
+    rows: slice
+    own: slice
+    num_real: int
+    bias: torch.Tensor
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Its keys or values [B, Hkv, S, D] of all [B, Hkv, T + N, D]."""
+        return torch.cat([tensor[:, :, : self.num_real], tensor[:, :, self.own]], 2)
+
+    def add(self, gradient: torch.Tensor, found: torch.Tensor) -> None:
+        """Takes in the gradient of its keys or values, of real ones too or of its own alone."""
+        size = self.own.stop - self.own.start
+        gradient[:, :, self.own] = found[:, :, -size:]
+        if found.shape[2] > size:
+            gradient[:, :, : self.num_real] += found[:, :, :-size]
+
+
+def _parts(groups: Groups, num_rows: int, window: int | None, dtype: torch.dtype) -> list[_Part]:
+    """All groups, which have `num_rows` rows together in each sequence; `dtype` is that of scores."""
+    device, parts = groups.prefix_lengths.device, []
+    K = num_rows // groups.prefix_lengths.shape[1]
+    for begin, end, longest in groups.parts:
+        row = torch.arange((end - begin) * K, device=device)
+        group, within = row // K, row % K
+        prefix = groups.prefix_lengths[:, begin:end].repeat_interleave(K, 1)[:, :, None]  # [B, n, 1]
+        t = torch.arange(longest, device=device)
+        distance = within[:, None] - within
+        hidden_real, hidden_own = t >= prefix, (group[:, None] != group) | (distance < 0)
+        if window is not None:
+            hidden_real |= prefix + within[:, None] - t >= window
+            hidden_own |= distance >= window
+        hidden = torch.cat([hidden_real, hidden_own.expand(len(prefix), -1, -1)], 2)
+        bias = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+        rows, own = (slice(first + begin * K, first + end * K) for first in (0, groups.num_real))
+        parts.append(_Part(rows, own, longest, bias))
+    return parts
+
+
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, part: _Part, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights [B, Hkv, R, n, S] in float32, and of capped scores what tanh gave.
+
+    Args:
+        query: scaled, [B, Hkv, R, n, D].
+        key: [B, Hkv, S, D].
+        part: whose they are.
+        softcap: of the scores.
+    """
+    scores, capped = (query.flatten(2, 3) @ key.transpose(2, 3)).unflatten(2, query.shape[2:4]), None
+    if softcap is not None:
+        capped = (scores.float() / softcap).tanh_()
+        scores = capped * softcap
+    return scores.add_(part.bias).softmax(-1, dtype=torch.float32), capped
+
+
+class _Attention(torch.autograd.Function):
+    """Of scaled queries [B, Hkv, R, N, D] over keys and values [B, Hkv, T + N, D], for `Groups`; window and cap of the scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        groups: Groups,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.parts = _parts(groups, query.shape[3], window, query.dtype)
+        for part in ctx.parts:
+            weights, _ = _weights(query[:, :, :, part.rows], part.of(key), part, softcap)
+            found = weights.to(value.dtype).flatten(2, 3) @ part.of(value)
+            output[:, :, :, part.rows] = found.unflatten(2, weights.shape[2:4])
+        ctx.save_for_backward(query, key, value, output)
+        ctx.real_learn, ctx.softcap = groups.real_learn, softcap
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, output = ctx.saved_tensors
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for part in cast("list[_Part]", ctx.parts):
+            rows, keys = part.rows, part.of(key)
+            its, behind = query[:, :, :, rows], gradient[:, :, :, rows]
+            weights, capped = _weights(its, keys, part, ctx.softcap)
+            mean = (behind.float() * output[:, :, :, rows].float()).sum(-1, keepdim=True)
+            flat = behind.flatten(2, 3)
+            of_scores = (flat @ part.of(value).transpose(2, 3)).float().view_as(weights).sub_(mean).mul_(weights)
+            if capped is not None:
+                of_scores.mul_(1 - capped * capped)
+            of_scores = of_scores.to(query.dtype).flatten(2, 3)
+            of_query[:, :, :, rows] = (of_scores @ keys).unflatten(2, behind.shape[2:4])
+            first = 0 if ctx.real_learn else part.num_real
+            part.add(of_key, of_scores[..., first:].transpose(2, 3) @ its.flatten(2, 3))
+            part.add(of_value, weights.to(value.dtype).flatten(2, 3)[..., first:].transpose(2, 3) @ flat)
+        return of_query, of_key, of_value, None, None, None
 
 
 def group_attention(
@@ -18,6 +163,7 @@ def group_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float,
+    groups: Groups,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: object,
@@ -27,39 +173,16 @@ def group_attention(
     Args:
         query: queries of the mask rows, group after group, shape [B, H, G K, D].
         key, value: those of T real rows, then of the mask rows, shape [B, Hkv, T + G K, D].
-        attention_mask: 0 where group g may see real row t and a large negative number elsewhere, shape [B, 1, G, T].
+        attention_mask: not read.
         scaling: factor on the scores.
+        groups: which real rows they see.
         sliding_window: a row sees keys of fewer than this many positions before its own, itself included; None: all.
         softcap: c of scores that are c tanh(score / c).
     """
-    B, H, N, D = query.shape
-    Hkv, (G, T) = key.shape[1], attention_mask.shape[2:]
-    K, R = N // G, H // Hkv
-    query = query.reshape(B, Hkv, R * G * K, D) * scaling
-    real_key, own_key = key.split([T, N], 2)
-    real_value, own_value = value.split([T, N], 2)
-
-    real = (query @ real_key.transpose(2, 3)).view(B, Hkv, R, G, K, T)
-    own = query.view(B, Hkv, R, G, K, D) @ own_key.view(B, Hkv, 1, G, K, D).transpose(-1, -2)
-    if softcap is not None:
-        real, own = softcap * torch.tanh(real / softcap), softcap * torch.tanh(own / softcap)
-    i = torch.arange(K, device=query.device)
-    distance = i[:, None] - i
-    hidden = distance < 0
-    real = real + attention_mask[:, :, None, :, None]
-    if sliding_window is not None:
-        hidden = hidden | (distance >= sliding_window)
-        prefix = (attention_mask == 0).sum(-1, keepdim=True)  # L: a group sees real rows 0 .. L-1; its mask rows stand at L + i
-        t = torch.arange(T, device=query.device)
-        too_old = prefix[..., None] + i[:, None] - t >= sliding_window  # [B, 1, G, K, T]
-        real = real.masked_fill(too_old[:, :, None], torch.finfo(real.dtype).min)
-    own = own.masked_fill(hidden, torch.finfo(own.dtype).min)
-
-    weights = torch.cat([real, own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-    on_real, on_own = weights.split([T, K], -1)
-    output = (on_real.reshape(B, Hkv, R * G * K, T) @ real_value).view(B, Hkv, R, G, K, D)
-    output = output + on_own @ own_value.view(B, Hkv, 1, G, K, D)
-    return output.reshape(B, H, N, D).transpose(1, 2).contiguous(), None
+    dtype = value.dtype  # with autocast that of a linear's output, while rotated queries and keys are not
+    by_key = (query * scaling).to(dtype).unflatten(1, (key.shape[1], -1))
+    output = _Attention.apply(by_key, key.to(dtype), value, groups, sliding_window, softcap)
+    return cast("torch.Tensor", output).flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, group_attention)

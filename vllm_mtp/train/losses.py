@@ -64,20 +64,18 @@ def masked_losses(
         labels: torch.Tensor | None, weight: torch.Tensor, teacher: torch.Tensor, *heads: torch.Tensor
     ) -> list[torch.Tensor]:
         """Of some rows [n], for each head."""
+        target, entropy = labels, 0
         if config.targets == "distribution":
             target = predict(teacher).float().softmax(-1)
-            # What makes a KL divergence of the cross-entropy; gradients are the same.
-            entropy = torch.special.entr(target).sum(-1) if config.recipe == "self-distill" else 0
+            if config.recipe == "self-distill":
+                # What makes a KL divergence of the cross-entropy; gradients are the same.
+                entropy = torch.special.entr(target).sum(-1)
         elif config.targets == "argmax":
-            labels = predict(teacher).argmax(-1)
+            target = predict(teacher).argmax(-1)
+        assert target is not None
         sums = []
         for states in heads:
-            logits = unembed(states).float()
-            if config.targets == "distribution":
-                rows = logits.logsumexp(-1) - (target * logits).sum(-1) - entropy
-            else:
-                assert labels is not None
-                rows = F.cross_entropy(logits, labels, reduction="none")
+            rows = F.cross_entropy(unembed(states).float(), target, reduction="none") - entropy
             sums.append((weight * rows).sum())
         return sums
 

@@ -14,6 +14,7 @@ from typing import Any, Self, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
@@ -103,15 +104,16 @@ def read_groups(model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tens
     """
     B, G, K, _ = rows.shape
     positions = prefix_lengths[..., None] + torch.arange(K, device=rows.device)
-    hidden = torch.arange(num_real, device=rows.device) >= prefix_lengths[..., None]
-    bias = torch.zeros_like(hidden, dtype=rows.dtype).masked_fill(hidden, torch.finfo(torch.bfloat16).min)
+    layers = [cast("DynamicLayer", layer) for layer in cache.layers]
+    learn = any(layer.keys is not None and layer.keys.requires_grad for layer in layers)
     out = decode(
         model,
         inputs_embeds=rows.flatten(1, 2),
         position_ids=positions.flatten(1),
-        attention_mask=bias[:, None],
-        past_key_values=Cache([_Behind(cast("DynamicLayer", layer)) for layer in cache.layers]),
+        attention_mask=rows.new_zeros(1, 1, 1, 1),  # so that none is made; `groups` says what rows see
+        past_key_values=Cache([_Behind(layer) for layer in layers]),
         use_cache=True,
+        groups=group_attention.Groups.of(prefix_lengths, K, num_real, real_learn=learn),
     )
     return out.last_hidden_state.view(B, G, K, -1)
 
@@ -215,6 +217,11 @@ class MaskedModel(TrainedModel):
         else:
             student = with_group_attention(base)
             self.student = get_peft_model(student, lora)  # type: ignore[assignment]
+        if base.dtype == torch.float32:
+            for layer in student.modules():
+                if isinstance(layer, LoraLayer):
+                    # With autocast, which takes what enters a linear to bfloat16, PEFT would take it to float32 and back again.
+                    layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
         if config.gradient_checkpointing:
             checkpointed(student, partial(self.groups, lora=True))
         self.base = base

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from vllm_mtp.adapter import fingerprint_folder, read_adapter
+from vllm_mtp.cpu_memory import FreedMemory
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.curves import LOSSES, write_history
 from vllm_mtp.train.data import Corpus, Sequences, first_prompts, read_corpus
@@ -31,6 +32,8 @@ from vllm_mtp.whole_files import whole, write_whole
 
 PROMPT_TOKENS, NEW_TOKENS = 192, 128
 # They change what is reported, how long and how fast, not what is trained.
+KEPT_MEMORY = 1 << 30
+"""Bytes of freed memory that a process on a CPU keeps for its next step."""
 FREE_OPTIONS = {
     *("output", "base_name", "strict", "steps", "compile", "fsdp", "report_to"),
     *("eval_data", "eval_prompts", "eval_steps", "log_steps", "save_steps"),
@@ -57,14 +60,7 @@ def train(config: TrainConfig) -> Path:
         _claim_output(config)
     torch.manual_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.base)
-    base = AutoModelForCausalLM.from_pretrained(
-        config.base,
-        dtype=torch.bfloat16 if cuda and computes_in_bf16(config.bf16) and config.tuning == "lora" else torch.float32,
-        **(in_parts(processes) if config.fsdp else {}),
-    )
-    assert is_in_parts(base) is config.fsdp
-    if not config.fsdp:
-        base.to(processes.device)  # type: ignore[arg-type]
+    base = _base(config, processes, cuda=cuda)
     model, ends = _model(base, tokenizer, config), end_tokens(tokenizer, base.generation_config)
     if config.init_adapter is not None:
         assert isinstance(model, MaskedModel)
@@ -108,6 +104,21 @@ def computes_in_bf16(asked: bool | None) -> bool:
     if asked is not None:
         return asked
     return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _base(config: TrainConfig, processes: PartialState, *, cuda: bool) -> PreTrainedModel:
+    """The base, on this process's device or its part of it."""
+    if not cuda:
+        FreedMemory().keep(KEPT_MEMORY)
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        config.base,
+        dtype=torch.bfloat16 if cuda and computes_in_bf16(config.bf16) and config.tuning == "lora" else torch.float32,
+        **(in_parts(processes) if config.fsdp else {}),
+    )
+    assert is_in_parts(base) is config.fsdp
+    if not config.fsdp:
+        base.to(processes.device)  # type: ignore[arg-type]
+    return base
 
 
 def _model(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> MaskedModel | FullStudent:
