@@ -10,7 +10,7 @@ from operator import mul
 import numpy as np
 
 from vllm_mtp.confidence import Drafted
-from vllm_mtp.lookup import Lookup
+from vllm_mtp.lookup import Lookup, beside
 from vllm_mtp.plan import Counters
 from vllm_mtp.shaping import Shaper, Verified
 
@@ -31,8 +31,8 @@ class GivenDrafts:
     lookup: Lookup | None = None
     drafted: dict[str, Drafted] = field(default_factory=dict)
 
-    def look_up(self, request: str, text: np.ndarray, generated: Sequence[int], wanted: int) -> Drafted | None:
-        """Drafts from a request's own text, as many as are worth a row; None where there are none.
+    def look_up(self, request: str, text: np.ndarray, generated: Sequence[int], wanted: int) -> list[int]:
+        """Drafts from a request's own text, which `give` or `give_found` takes; none where there are none.
 
         Args:
             request: whose they are.
@@ -41,13 +41,11 @@ class GivenDrafts:
             wanted: drafts that it can use.
         """
         if self.lookup is None or self.shaper is None:
-            return None
+            return []
         self.lookup.observe(request, generated, len(text) - len(generated))
-        found, chances = self.lookup.find(request, text, wanted)
-        count = self.shaper.worth_a_row(chances)
-        return Drafted(found[:count], chances[:count], math.inf, looked_up=True) if count else None
+        return self.lookup.find(request, text, wanted)
 
-    def give(self, request: str, drafted: Drafted, usable: int, rival: Drafted | None = None) -> list[int]:
+    def give(self, request: str, drafted: Drafted, usable: int, found: Sequence[int] = ()) -> list[int]:
         """The drafts to hand out to a request: those of its mask tokens that are worth a row, or the text's if more of those are
         hoped to be accepted.
 
@@ -55,18 +53,35 @@ class GivenDrafts:
             request: whose they are.
             drafted: of its mask tokens.
             usable: how many of them it can use.
-            rival: of its text.
+            found: what `look_up` found.
         """
-        self.drafted[request] = drafted
+        self.drafted[request], tokens = drafted, drafted.tokens[:usable]
         if self.shaper is None:
-            return drafted.tokens[:usable]
-        count = self.shaper.worth_verifying(request, drafted.chances[:usable])
-        if rival is not None and _promise(rival.chances) > _promise(self.shaper.believed(request, drafted.chances[:count])):
-            return self.give_rival(request, rival)
-        return drafted.tokens[:count]
+            return tokens
+        believed = self.shaper.believed(request, drafted.chances[:usable])
+        if found:
+            assert self.lookup is not None
+            chances = self.lookup.chances(request, self.shaper.price, tokens, believed)
+            known = beside(tokens, believed, found, chances)
+            taken = drafted.confident(tokens)  # whatever the text says
+            believed = [own if sure else other for own, sure, other in zip(believed, taken, known, strict=False)]
+            rival = self._worth_a_row(found, chances)
+            if _promise(rival.chances) > _promise(believed[: self.shaper.worth_a_row(believed)]):
+                return self._give_found(request, rival)
+        return tokens[: self.shaper.worth_verifying(request, believed)]
 
-    def give_rival(self, request: str, rival: Drafted) -> list[int]:
-        """The drafts of a request's text, where it has no others."""
+    def give_found(self, request: str, found: Sequence[int]) -> list[int]:
+        """The drafts of a request's text to hand out, where it has no others."""
+        assert self.lookup is not None
+        assert self.shaper is not None
+        return self._give_found(request, self._worth_a_row(found, self.lookup.chances(request, self.shaper.price)))
+
+    def _worth_a_row(self, found: Sequence[int], chances: list[float]) -> Drafted:
+        assert self.shaper is not None
+        count = self.shaper.worth_a_row(chances)
+        return Drafted(list(found[:count]), chances[:count], math.inf, looked_up=True)
+
+    def _give_found(self, request: str, rival: Drafted) -> list[int]:
         self.drafted[request] = rival
         return rival.tokens
 

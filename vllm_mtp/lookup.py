@@ -2,19 +2,21 @@
 
 Text that repeats itself (code that is edited, a quoted document, a table) is known without a model, and costs no mask rows, only
 those that verify. So a request takes what followed if that promises more than its mask tokens do (`given`), and its step has no
-group behind the last draft, for the text will go on as it did. How likely such a draft is depends on how many tokens match
-in front of it; that is learned from what is generated, whether it was drafted or not. No vLLM import.
+group behind the last draft, for the text will go on as it did.
+
+How likely such a draft is, is learned from what is generated, whether it was drafted or not: by how many tokens match in front of
+it, by the request, whose text may repeat itself or only seem to, and by what the request's mask tokens say of the same place. What
+these three are worth adds up, in log odds (logistic regression, learned draft by draft). No vLLM import.
 
 The idea is prompt lookup's (vLLM: v1/spec_decode/ngram_proposer.py); what is new is that it is weighed against the mask tokens.
 """
 
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-
-from vllm_mtp.shaping import Trust
 
 SHORTEST, LONGER = 2, 6
 """Tokens that must match; and those that are looked for first, for the last place where two match is not the best one."""
@@ -25,6 +27,14 @@ MATCHES, DRAFTS = (2, 3, 4, 6, 8, 12, 16, 24, 32), (0, 1, 2, 4, 8)
 is another than text that has matched for long, also once some drafts were right."""
 HOPED = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 """How often a first draft behind such a match is right, before one was seen."""
+SURE = (0.3, 0.6, 0.8, 0.9, 0.97)
+"""How likely a mask token's draft is thought to be, from which on what it says is another kind of opinion."""
+AGAINST, FOR = (-0.2, -0.6, -1.2, -1.9, -2.7, -4.0), (0.2, 0.6, 1.2, 1.9, 2.7, 4.0)
+"""What such opinions are worth before one was seen: if one of two tokens is right and the other is so with chance m, log(1 - m)."""
+OF_A_KIND, OF_A_REQUEST, MOST = 2.0, 1.0, 25.0
+"""How sure what is thought of a kind, and of a request, is before one was seen, and becomes at most: 1 / variance, in log odds."""
+CERTAIN = 0.995
+"""No draft is thought to be likelier."""
 
 
 @dataclass(frozen=True)
@@ -78,31 +88,54 @@ def _last(text: bytes, count: int, size: int) -> int:
 
 
 @dataclass
+class _Term:
+    """One of the terms that make the log odds of a draft.
+
+    Attributes:
+        log_odds: what it is worth.
+        precision: how sure that is, 1 / variance.
+    """
+
+    log_odds: float
+    precision: float
+
+    def observe(self, surprise: float, information: float) -> None:
+        """Takes in a draft: 1 or 0 for right or wrong less its chance, and the variance of that."""
+        self.precision = min(self.precision + information, MOST)
+        self.log_odds += surprise / self.precision
+
+
+@dataclass
 class _Request:
     """One request.
 
     Attributes:
-        trust: in what is hoped of its matches.
-        expected: the place that it was looked up for, what may stand from there on, and how likely each token is thought to.
+        term: of its text.
+        found: the place that it was looked up for, and what may stand from there on.
+        thought: of each token that a chance was asked of, that chance and its terms.
     """
 
-    trust: Trust
-    expected: tuple[int, Found, list[float]] | None = None
+    term: _Term
+    found: tuple[int, Found] | None = None
+    thought: list[tuple[float, list[_Term]]] = field(default_factory=list)
 
 
 @dataclass
 class Lookup:
-    """Finds drafts in the text of requests, and learns how good they are."""
+    """Finds drafts in the text of requests, and learns how good they are.
 
-    kinds: dict[tuple[int, int], Trust] = field(default_factory=dict)
-    """By length of the match and drafts before: the share of drafts that are right, which is trust in one that is certain of
-    itself."""
-    trust: Trust = field(default_factory=Trust)
-    """Of all requests."""
+    Attributes:
+        kinds: by length of the match and drafts before.
+        opinions: by whether mask tokens draft the same token, and how likely that is thought to be.
+        requests: by name.
+    """
+
+    kinds: dict[tuple[int, int], _Term] = field(default_factory=dict)
+    opinions: dict[tuple[bool, int], _Term] = field(default_factory=dict)
     requests: dict[str, _Request] = field(default_factory=dict)
 
-    def find(self, request: str, tokens: np.ndarray, wanted: int) -> tuple[list[int], list[float]]:
-        """Drafts, and the chance of each if those before it are accepted; none where nothing is found.
+    def find(self, request: str, tokens: np.ndarray, wanted: int) -> list[int]:
+        """Drafts, none where nothing is found.
 
         Args:
             request: whose they are.
@@ -110,17 +143,38 @@ class Lookup:
             wanted: drafts that it can use.
         """
         found = look_up(tokens, wanted) if wanted > 0 else None
-        if found is None:
-            return [], []
         known = self.requests.get(request)
+        if found is None:
+            if known is not None:
+                known.found, known.thought = None, []
+            return []
         if known is None:
-            known = self.requests[request] = _Request(Trust(self.trust.factor))
-        hoped = [self._kind(found, draft).factor for draft in range(len(found.tokens))]
-        known.expected = len(tokens), found, hoped
-        return found.tokens, [min(1.0, known.trust.factor * chance) for chance in hoped]
+            known = self.requests[request] = _Request(_Term(0.0, OF_A_REQUEST))
+        known.found, known.thought = (len(tokens), found), []
+        return found.tokens
+
+    def chances(self, request: str, floor: float, others: Sequence[int] = (), sure: Sequence[float] = ()) -> list[float]:
+        """The chance of each draft that was found, if those before it are accepted; up to one that is not reached by `floor`.
+
+        Args:
+            request: whose they are, of which `find` found some.
+            floor: a chance of all up to a draft that is too low to go on.
+            others: what the request's mask tokens draft in the same places.
+            sure: the chance of each of those, if those before it are accepted.
+        """
+        known = self.requests[request]
+        assert known.found is not None
+        known.thought, reached = [], 1.0
+        for terms in self._terms(known.term, known.found[1], others, sure):
+            chance = min(1.0 / (1.0 + math.exp(-sum([term.log_odds for term in terms]))), CERTAIN)
+            known.thought.append((chance, terms))
+            reached *= chance
+            if reached <= floor:
+                break
+        return [chance for chance, _ in known.thought]
 
     def observe(self, request: str, generated: Sequence[int], begin: int) -> None:
-        """Takes in what came after `find`, whether its drafts were verified or not.
+        """Takes in what came after `find` and `chances`, whether its drafts were verified or not.
 
         Args:
             request: whose text it is.
@@ -128,14 +182,12 @@ class Lookup:
             begin: how many it had before.
         """
         known = self.requests.get(request)
-        if known is None or known.expected is None or known.expected[0] != begin:
+        if known is None or known.found is None or known.found[0] != begin:
             return
-        _, found, hoped = known.expected
-        for draft, (token, expected) in enumerate(zip(generated, found.tokens, strict=False)):
+        for token, expected, (chance, terms) in zip(generated, known.found[1].tokens, known.thought, strict=False):
             right = token == expected
-            self._kind(found, draft).observe(1.0, right)
-            for trust in (known.trust, self.trust):
-                trust.observe(hoped[draft], right)
+            for term in terms:
+                term.observe(right - chance, chance * (1.0 - chance))
             if not right:
                 break
 
@@ -144,8 +196,36 @@ class Lookup:
         if len(self.requests) > 2 * len(running) + 8:
             self.requests = {request: self.requests[request] for request in running if request in self.requests}
 
-    def _kind(self, found: Found, draft: int) -> Trust:
-        kind = bisect_right(MATCHES, found.matching) - 1, bisect_right(DRAFTS, draft) - 1
-        if kind not in self.kinds:
-            self.kinds[kind] = Trust(HOPED[bisect_right(MATCHES, found.matching + draft) - 1])
-        return self.kinds[kind]
+    def _terms(self, of_request: _Term, found: Found, others: Sequence[int], sure: Sequence[float]) -> Iterator[list[_Term]]:
+        """Of each draft; mask tokens have an opinion up to the first that they draft otherwise."""
+        same, matches = True, bisect_right(MATCHES, found.matching) - 1
+        for draft, token in enumerate(found.tokens):
+            kind = matches, bisect_right(DRAFTS, draft) - 1
+            of_kind = self.kinds.get(kind)
+            if of_kind is None:
+                hoped = HOPED[bisect_right(MATCHES, found.matching + draft) - 1]
+                of_kind = self.kinds[kind] = _Term(math.log(hoped / (1.0 - hoped)), OF_A_KIND)
+            terms = [of_kind, of_request]
+            if same and draft < len(others):
+                same = others[draft] == token
+                opinion = same, bisect_right(SURE, sure[draft])
+                if opinion not in self.opinions:
+                    self.opinions[opinion] = _Term((FOR if same else AGAINST)[opinion[1]], OF_A_KIND)
+                terms.append(self.opinions[opinion])
+            yield terms
+
+
+def beside(others: Sequence[int], sure: Sequence[float], found: Sequence[int], chances: Sequence[float]) -> list[float]:
+    """How likely the drafts of mask tokens are, given those of the text: as likely where they are the same, and at the first that
+    is another, not likelier than what the text's leaves.
+
+    Args:
+        others, sure: drafts of mask tokens and their chances, as in `Lookup.chances`.
+        found, chances: drafts of the text and their chances.
+    """
+    known = list(sure)
+    for draft, (token, other, chance) in enumerate(zip(found, others, chances, strict=False)):
+        known[draft] = chance if token == other else min(known[draft], 1.0 - chance)
+        if token != other:
+            break
+    return known

@@ -124,15 +124,15 @@ class Shaper:
         if len(self.records) > 2 * len(running) + 8:
             self.records = {request: self.records[request] for request in running if request in self.records}
 
-    def worth_verifying(self, request: str, probabilities: Sequence[float]) -> int:
+    def worth_verifying(self, request: str, chances: Sequence[float]) -> int:
         """How many leading drafts are worth a row each: those that are accepted with a chance above the price.
 
         Args:
             request: whose they are.
-            probabilities: of its drafts, as the drafter sees them.
+            chances: of its drafts, as they are `believed`.
         """
-        count = self.worth_a_row(self.believed(request, probabilities))
-        if probabilities and not count:
+        count = self.worth_a_row(chances)
+        if chances and not count:
             self._record(request).trust.fade(FADES)
         return count
 

@@ -78,7 +78,9 @@ class Server:
                 control.observe([1 + count for count in accepted], rows, cost, without if lengths == SHAPED else 0, prompt_rows)
             drafts = [[self.chance() for _ in range(shape[count])] for shape, count in zip(shapes, accepted, strict=True)]
             if lengths == SHAPED:
-                drafts = [of[: self.shaper.worth_verifying(name, of)] for name, of in zip(names, drafts, strict=True)]
+                believed = [self.shaper.believed(name, of) for name, of in zip(names, drafts, strict=True)]
+                counts = [self.shaper.worth_verifying(name, of) for name, of in zip(names, believed, strict=True)]
+                drafts = [of[:count] for of, count in zip(drafts, counts, strict=True)]
             tokens, seconds = tokens + sum(accepted) + requests, seconds + cost
         return tokens, seconds
 

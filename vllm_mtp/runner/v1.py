@@ -243,7 +243,7 @@ class MaskTokenProposer(MaskTokenTarget):
         drawn = self.probabilistic and not self.runner.input_batch.sampling_metadata.all_greedy
         groups = None if self.expansion.last is None else self.expansion.last.groups
         chosen = []  # (request, group, drafts it can use)
-        looked_up: dict[int, Drafted] = {}
+        looked_up: dict[int, list[int]] = {}
         for i, tokens in enumerate(sampled_token_ids):
             if not tokens:
                 continue
@@ -254,8 +254,7 @@ class MaskTokenProposer(MaskTokenTarget):
                 chosen.append((i, group, min(groups.lengths[group], usable)))
             if self.options.lookup and not drawn:
                 wanted = min(self._most_drafts(requests[i]), usable - 1)
-                found = self.given.look_up(requests[i], token_ids_cpu[i, :num_tokens], tokens, wanted)
-                if found is not None:
+                if found := self.given.look_up(requests[i], token_ids_cpu[i, :num_tokens], tokens, wanted):
                     looked_up[i] = found
         drafter_time = 0.0
         if chosen:
@@ -265,9 +264,9 @@ class MaskTokenProposer(MaskTokenTarget):
                     drafts[i] = ids[row][:usable]
                 else:
                     own = Drafted(ids[row], probabilities[row], self._tau(requests[i]))
-                    drafts[i] = self.given.give(requests[i], own, usable, looked_up.pop(i, None))
+                    drafts[i] = self.given.give(requests[i], own, usable, looked_up.pop(i, ()))
         for i, found in looked_up.items():
-            drafts[i] = self.given.give_rival(requests[i], found)
+            drafts[i] = self.given.give_found(requests[i], found)
         self.planner.counters.drafter_time += drafter_time
         self.planner.counters.draft_time += time.perf_counter() - begin - drafter_time
         return drafts
