@@ -4,11 +4,13 @@
     python -m benchmarks.confidence --domain arithmetic --output arithmetic.json --plot arithmetic.png
     python -m benchmarks.confidence --domain arithmetic --dtype bfloat16 --compiled --layout auto --clients 1 --output speed.json
 
-Two rules at each tau, on the same engine and prompts, greedy, in float32 so that no rounding is taken for a difference:
+Three rules, the first two at each tau, on the same engine and prompts, greedy, in float32 so that no rounding is taken for a
+difference:
 
 - **verified** (this package's): a draft below tau is verified, and the run goes on if it is the target's best token;
 - **truncated** (ConfAdapt, arXiv 2602.06019): the run ends at the first draft below tau, and nothing is verified. Here the drafts
-  from there on are not handed to the engine at all; the token behind the run is the target's own, as in the other rule.
+  from there on are not handed to the engine at all; the token behind the run is the target's own, as in the other rule;
+- **static**: a number of drafts is taken in each step as they come.
 
 Agreement with the greedy text is given three times: outputs that are the same; tokens before an output's first difference; and
 output tokens that are the target's best for the text before them, whatever that text is. The last is what each token costs, the
@@ -18,7 +20,6 @@ have an **accuracy**: the share of right answers.
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +35,10 @@ from vllm_mtp import demo
 from vllm_mtp.cli.engine_worker import generate
 from vllm_mtp.machine import machine
 from vllm_mtp.outputs import Output, agreement, figures
+from vllm_mtp.whole_files import write_figures
 
 RULES = ("verified", "truncated")
+STATIC = "static"
 
 
 @contextmanager
@@ -76,12 +79,11 @@ def run(llm: Any, prompts: Sequence[str], options: argparse.Namespace, extra: di
     return Run(outputs, counters.unmatched - before, found["seconds"])
 
 
-def row(rule: str, tau: float | None, found: Run, greedy: Sequence[Output], answers: Sequence[int] | None) -> dict[str, Any]:
-    """A row of the table: a rule at a threshold."""
+def row(rule: dict[str, Any], found: Run, greedy: Sequence[Output], answers: Sequence[int] | None) -> dict[str, Any]:
+    """A row of the table: a rule, at a threshold or with a number of drafts."""
     outputs, unmatched, seconds = found
     figured = {
-        "rule": rule,
-        "tau": tau,
+        **rule,
         "figures": figures(outputs),
         "agreement": {**agreement(outputs, greedy), "best_tokens": 1 - unmatched / sum(len(output.tokens) for output in outputs)},
         "tokens_per_second": sum(len(output.tokens) for output in outputs) / seconds,
@@ -92,25 +94,30 @@ def row(rule: str, tau: float | None, found: Run, greedy: Sequence[Output], answ
     return figured
 
 
+def label(row: dict[str, Any]) -> str:
+    """Its threshold or number of drafts."""
+    return next((f"{row[name]:g}" for name in ("tau", "drafts") if row.get(name) is not None), "-")
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| rule | tau | tokens a forward | novel | same outputs | before a difference | best tokens | accuracy | tokens/s |",
+        "| rule | tau or drafts | tokens a forward | novel | same outputs | before a difference | best tokens | accuracy | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         parts, found = row["figures"], row["agreement"]
         per_forward = f"{parts['all']['tokens_per_forward']:.2f} | {parts['novel']['tokens_per_forward']:.2f}"
         shares = " | ".join(f"{100 * found[name]:.0f} %" for name in ("same_outputs", "tokens_before_the_first_difference"))
-        tau = "-" if row["tau"] is None else f"{row['tau']:g}"
         accuracy = f"{100 * row['accuracy']:.1f} %" if "accuracy" in row else "-"
-        cells = [row["rule"], tau, per_forward, shares, f"{100 * found['best_tokens']:.1f} %", accuracy]
+        cells = [row["rule"], label(row), per_forward, shares, f"{100 * found['best_tokens']:.1f} %", accuracy]
         lines.append(f"| {' | '.join(cells)} | {row['tokens_per_second']:.0f} |")
     return "\n".join(lines)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, *, timed: bool) -> None:
-    """Agreement over tokens per forward, and over tokens a second if that is as it would be served; a line a rule."""
+    """Agreement over tokens per forward, and over tokens a second if that is as it would be served; a line a rule, whose points say
+    the threshold or the number of drafts."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -132,11 +139,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, *, timed: bool) -> None:
     figure, grid = plt.subplots(len(speeds), len(kinds), figsize=(5 * len(kinds), 4 * len(speeds)), sharex="row", squeeze=False)
     for (name, title), (speed, of) in itertools.product(kinds.items(), speeds.items()):
         axis = grid[list(speeds).index(speed), list(kinds).index(name)]
-        for rule, style in zip(RULES, ("o-", "s--"), strict=True):
+        for rule, style in zip((*RULES, STATIC), ("o-", "s--", "^:"), strict=True):
             chosen = [row for row in rows if row["rule"] == rule]
             axis.plot([of(row) for row in chosen], [value(row, name) for row in chosen], style, label=rule)
             for row in chosen:
-                axis.annotate(f"{row['tau']:g}", (of(row), value(row, name)), fontsize=7, xytext=(3, 3), textcoords="offset points")
+                axis.annotate(label(row), (of(row), value(row, name)), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.axvline(of(next(row for row in rows if row["rule"] == "lossless")), color="grey", linewidth=0.8, label="lossless")
         axis.set(xlabel=speed, ylabel=f"% {title}")
         axis.legend()
@@ -158,6 +165,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=["quadratic", "auto"], default="quadratic")
     parser.add_argument("--clients", type=int, default=16, help="requests at a time")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
+    parser.add_argument("--static", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of drafts that are taken as they come")
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--max-tokens", type=int, default=128)
     options = parser.parse_args()
@@ -188,13 +196,16 @@ def main() -> None:
     run(llm, prompts[: options.clients], options, {})  # warm
     lossless = run(llm, prompts, options, {})
     greedy = lossless.outputs
-    rows = [row("lossless", None, lossless, greedy, answers)]
-    for rule in RULES:
-        for tau in options.taus:
-            with truncating(proposer) if rule == "truncated" else nullcontext():
-                found = run(llm, prompts, options, {"mtp_tau": tau})
-            rows.append(row(rule, tau, found, greedy, answers))
-            print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
+    rows = [row({"rule": "lossless", "tau": None}, lossless, greedy, answers)]
+    asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        *(({"rule": rule, "tau": tau}, {"mtp_tau": tau}) for rule in RULES for tau in options.taus),
+        *(({"rule": STATIC, "drafts": count}, {"mtp_tau": 0, "mtp_drafts": count}) for count in options.static),
+    ]
+    for rule, extra in asked:
+        with truncating(proposer) if rule["rule"] == "truncated" else nullcontext():
+            found = run(llm, prompts, options, extra)
+        rows.append(row(rule, found, greedy, answers))
+        print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
     report = {
         "command": ["python", "-m", "benchmarks.confidence", *sys.argv[1:]],
         "machine": machine(),
@@ -208,7 +219,7 @@ def main() -> None:
         "max_tokens": options.max_tokens,
         "rows": rows,
     }
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_figures(options.output, report)
     if options.plot is not None:
         plot(rows, options.plot, timed=options.compiled)
     print(table(rows))

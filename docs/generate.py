@@ -298,6 +298,22 @@ def gate() -> str:
     return table(["trained", "held-out tokens predicted first", "right answers", "logits of real rows"], rows)
 
 
+def training_speed() -> str:
+    """Mask rows a second of a training step, beside the dense computation (`benchmarks.train_speed`)."""
+    report, rows = measured("train_speed.json"), []
+    for name, run in report["found"].items():
+        middle, low, high = run["over_dense"]
+        over = "1" if low == high == 1 else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        rows.append([name, f"{run['rows_per_second']:.0f}", over, f"{run['mebibytes']:.0f}"])
+    shape, facts = report["shape"], report["machine"]
+    dtype = "bfloat16" if shape["bf16"] else "float32"
+    said = (
+        f"{shape['length']} real rows and {shape['groups']} groups of {shape['k']} mask rows, rank {shape['rank']}, {dtype}, "
+        f"{facts['cores']} cores of an {facts['processor']} ({facts['vectors']}):"
+    )
+    return f"{said}\n\n" + table(["", "mask rows a second", "over dense", "memory, MiB"], rows)
+
+
 def equal_drafts() -> str:
     """Tokens a forward of all methods by number of drafts (`benchmarks.baselines.evaluate`)."""
     drafters = measured("equal_drafts.json")["drafters"]
@@ -326,6 +342,8 @@ def confidence(file: str = "confidence.json") -> str:
 
     rows = [[f"{tau:g}", *cells(ours), *cells(by_rule["truncated"][tau])] for tau, ours in by_rule["verified"].items()]
     rows.append(["above 1", *cells(lossless), "-", "-"])
+    static = [row for row in report["rows"] if row["rule"] == "static"]
+    rows += [[f"none, {row['drafts']} taken as they come", *cells(row), "-", "-"] for row in static]
     columns = ["tau", "tokens a forward", "right answers", "tokens a forward, ConfAdapt's rule", "right answers"]
     return f"{report['num_prompts']} problems, k = {report['k']}, quadratic, {report['dtype']}:\n\n" + table(columns, rows)
 
@@ -447,6 +465,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "long context": lambda: long_context.table(measured("long_context.json")["results"]),
         "searched": searched,
     },
+    "train.md": {"speed": training_speed},
     "confidence.md": {"confidence": confidence, "distilled": lambda: confidence("distil_soft.json")},
     "../README.md": {
         "acceptance": lambda: acceptance(("quadratic", "sampler")),

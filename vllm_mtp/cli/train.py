@@ -26,7 +26,15 @@ EPILOG = """Examples:
     vllm-mtp train --recipe self-distill --tuning full --base model/ --data problems.jsonl --output runs/full --mask-tokens 15
 
 The adapter is written to OUTPUT/adapter, with --tuning full the model to OUTPUT/model. A killed run goes on from its last
-checkpoint when the same command is given again.
+checkpoint when the same command is given again. Then
+
+    vllm-mtp inspect OUTPUT/adapter --base BASE
+
+    vllm-mtp eval OUTPUT/adapter --base BASE --data held_out.jsonl
+
+    vllm serve OUTPUT/adapter
+
+say what it is and how good, and serve it.
 """
 FLAGS = {"eval_data": "--prompts"}
 """Of fields that are not named as their flag."""
