@@ -118,7 +118,7 @@ class TrainConfig(StrictModel):
     """Compute in bfloat16; trained weights stay in float32. None: on GPUs, and on CPUs that multiply it (AVX-512 BF16, AMX); others
     take several times as long."""
     gradient_checkpointing: bool = False
-    """Compute layers again in the backward pass instead of keeping what is in them: a third slower, in much less memory."""
+    """Compute layers again in the backward pass instead of keeping what is in them: a third slower, in less memory."""
     fsdp: bool = False
     """Under torchrun: each process holds its part of the base only (FSDP2), and layers are put together while they compute, for
     bases that one device cannot hold. Not with `tuning` full."""
