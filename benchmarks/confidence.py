@@ -102,7 +102,7 @@ def label(row: dict[str, Any]) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| rule | tau or drafts | tokens a forward | novel | same outputs | before a difference | best tokens | accuracy | tokens/s |",
+        "| rule | tau or drafts | tokens a forward | novel | same outputs | before a difference | best tokens | right | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.train_speed --json train_speed.json
 
-The demo's base, random tokens, random prefixes, forward and backward of one sequence. *Dense* is masked input as a single sequence:
-real rows and all mask rows in one forward with gradients, LoRA behind a gate, one mask of [rows, rows], logits of all rows.
-Each computation runs in processes of its own, in turns; memory is the most that its process held, less what it held before the
-first step. Freed memory is kept for the next step in all of them, as the trainer does it.
+The demo's base, random tokens and prefixes, others in each step, forward and backward of one sequence. *Dense* is masked input
+as a single sequence: real rows and all mask rows in one forward with gradients, LoRA behind a gate, one mask of [rows, rows],
+logits of all rows. Each computation runs in processes of its own, in turns; memory is the most that its process held, less what it
+held before the first step. Freed memory is kept for the next step in all of them, as the trainer does it.
 """
 
 import argparse
@@ -143,11 +143,11 @@ def worker(name: str, options: argparse.Namespace) -> None:
     FreedMemory().keep(KEPT_MEMORY)
     torch.manual_seed(0)
     model, step = step_of(name, options)
-    ids = torch.randint(2, model.base.config.vocab_size, (1, options.length))
-    prefixes = torch.stack([torch.randperm(options.length - options.k - 1)[: options.groups].sort().values + 1 for _ in range(1)])
     losses: list[float] = []
 
     def run() -> None:
+        ids = torch.randint(2, model.base.config.vocab_size, (1, options.length))
+        prefixes = torch.randperm(options.length - options.k - 1)[: options.groups].sort().values[None] + 1
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             found = step(ids, prefixes)
         found.backward()

@@ -120,7 +120,7 @@ class ParallelDraft(Draft):
         """States of the rows [B, T, d] and of the groups' mask tokens [B, G, K, d], as `MaskedModel.states` lays them out."""
         real, cache = read(self.model, input_ids)
         masks = self.model.model.embed_tokens(prefix_lengths.new_full((*prefix_lengths.shape, self.masks), self.mask_token))
-        return real, read_groups(self.grouped, masks, prefix_lengths, cache, real.shape[1])
+        return real, read_groups(self.grouped, masks, prefix_lengths, cache)
 
     def forward(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, answers: torch.Tensor, prefix_lengths: torch.Tensor

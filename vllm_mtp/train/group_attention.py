@@ -6,11 +6,10 @@ mask of all rows is ever built. In order of their prefixes groups read half of w
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 NAME = "mtp_groups"
@@ -24,24 +23,18 @@ class Groups:
 
     Attributes:
         prefix_lengths: L of each group, which sees real rows 0 .. L-1; its rows stand at positions L, L+1, .., shape [B, G].
-        num_real: T, real rows of a sequence.
-        parts: groups that are taken at a time, [begin, end), and the longest of their prefixes.
+        longest: of each group the longest of its prefixes in the sequences, on the host, shape [G].
         real_learn: whether keys and values of real rows have gradients.
     """
 
     prefix_lengths: torch.Tensor
-    num_real: int
-    parts: tuple[tuple[int, int, int], ...]
+    longest: torch.Tensor
     real_learn: bool
 
     @classmethod
-    def of(cls, prefix_lengths: torch.Tensor, num_rows: int, num_real: int, *, real_learn: bool) -> "Groups":
-        """Groups of `num_rows` rows each, in parts; the others as in the attributes."""
-        longest = prefix_lengths.amax(0).tolist()
-        at_a_time = max(1, (ROWS_OF_A_CPU if prefix_lengths.device.type == "cpu" else ROWS) // num_rows)
-        begins = range(0, len(longest), at_a_time)
-        parts = tuple([(begin, begin + len(some), max(some)) for begin in begins if (some := longest[begin : begin + at_a_time])])
-        return cls(prefix_lengths, num_real, parts, real_learn)
+    def of(cls, prefix_lengths: torch.Tensor, *, real_learn: bool) -> "Groups":
+        """Groups as in the attributes."""
+        return cls(prefix_lengths, prefix_lengths.amax(0).cpu(), real_learn)
 
 
 @dataclass(frozen=True)
@@ -72,24 +65,29 @@ class _Part:
             gradient[:, :, : self.num_real] += found[:, :, :-size]
 
 
-def _parts(groups: Groups, num_rows: int, window: int | None, dtype: torch.dtype) -> list[_Part]:
-    """All groups, which have `num_rows` rows together in each sequence; `dtype` is that of scores."""
-    device, parts = groups.prefix_lengths.device, []
-    K = num_rows // groups.prefix_lengths.shape[1]
-    for begin, end, longest in groups.parts:
+def _parts(
+    query: torch.Tensor, key: torch.Tensor, prefix_lengths: torch.Tensor, longest: torch.Tensor, window: int | None
+) -> list[_Part]:
+    """All groups; the arguments are those of `_attention`."""
+    device, parts, (G,) = query.device, [], longest.shape
+    K, T = query.shape[3] // G, key.shape[2] - query.shape[3]
+    at_a_time = max(1, (ROWS_OF_A_CPU if device.type == "cpu" else ROWS) // K)
+    for begin in range(0, G, at_a_time):
+        end = min(begin + at_a_time, G)
+        most = max(longest[begin:end].tolist())
         row = torch.arange((end - begin) * K, device=device)
         group, within = row // K, row % K
-        prefix = groups.prefix_lengths[:, begin:end].repeat_interleave(K, 1)[:, :, None]  # [B, n, 1]
-        t = torch.arange(longest, device=device)
+        prefix = prefix_lengths[:, begin:end].repeat_interleave(K, 1)[:, :, None]  # [B, n, 1]
+        t = torch.arange(most, device=device)
         distance = within[:, None] - within
         hidden_real, hidden_own = t >= prefix, (group[:, None] != group) | (distance < 0)
         if window is not None:
             hidden_real |= prefix + within[:, None] - t >= window
             hidden_own |= distance >= window
         hidden = torch.cat([hidden_real, hidden_own.expand(len(prefix), -1, -1)], 2)
-        bias = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
-        rows, own = (slice(first + begin * K, first + end * K) for first in (0, groups.num_real))
-        parts.append(_Part(rows, own, longest, bias))
+        bias = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+        rows, own = (slice(first + begin * K, first + end * K) for first in (0, T))
+        parts.append(_Part(rows, own, most, bias))
     return parts
 
 
@@ -111,49 +109,83 @@ def _weights(
     return scores.add_(part.bias).softmax(-1, dtype=torch.float32), capped
 
 
-class _Attention(torch.autograd.Function):
-    """Of scaled queries [B, Hkv, R, N, D] over keys and values [B, Hkv, T + N, D], for `Groups`; window and cap of the scores."""
+# Operators of their own: torch.compile would compile them anew in every step, whose parts have other sizes.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        groups: Groups,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        output = torch.empty_like(query)
-        ctx.parts = _parts(groups, query.shape[3], window, query.dtype)
-        for part in ctx.parts:
-            weights, _ = _weights(query[:, :, :, part.rows], part.of(key), part, softcap)
-            found = weights.to(value.dtype).flatten(2, 3) @ part.of(value)
-            output[:, :, :, part.rows] = found.unflatten(2, weights.shape[2:4])
-        ctx.save_for_backward(query, key, value, output)
-        ctx.real_learn, ctx.softcap = groups.real_learn, softcap
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, output = ctx.saved_tensors
-        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for part in cast("list[_Part]", ctx.parts):
-            rows, keys = part.rows, part.of(key)
-            its, behind = query[:, :, :, rows], gradient[:, :, :, rows]
-            weights, capped = _weights(its, keys, part, ctx.softcap)
-            mean = (behind.float() * output[:, :, :, rows].float()).sum(-1, keepdim=True)
-            flat = behind.flatten(2, 3)
-            of_scores = (flat @ part.of(value).transpose(2, 3)).float().view_as(weights).sub_(mean).mul_(weights)
-            if capped is not None:
-                of_scores.mul_(1 - capped * capped)
-            of_scores = of_scores.to(query.dtype).flatten(2, 3)
-            of_query[:, :, :, rows] = (of_scores @ keys).unflatten(2, behind.shape[2:4])
-            first = 0 if ctx.real_learn else part.num_real
-            part.add(of_key, of_scores[..., first:].transpose(2, 3) @ its.flatten(2, 3))
-            part.add(of_value, weights.to(value.dtype).flatten(2, 3)[..., first:].transpose(2, 3) @ flat)
-        return of_query, of_key, of_value, None, None, None
+@torch.library.custom_op("vllm_mtp::group_attention", mutates_args=())
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_lengths: torch.Tensor,
+    longest: torch.Tensor,
+    real_learn: bool,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention output [B, Hkv, R, N, D] of scaled queries [B, Hkv, R, N, D] over keys and values [B, Hkv, T + N, D]; for the
+    others see `Groups` and `group_attention`."""
+    output = query.new_empty(query.shape)
+    for part in _parts(query, key, prefix_lengths, longest, window):
+        weights, _ = _weights(query[:, :, :, part.rows], part.of(key), part, softcap)
+        found = weights.to(value.dtype).flatten(2, 3) @ part.of(value)
+        output[:, :, :, part.rows] = found.unflatten(2, weights.shape[2:4])
+    return output
+
+
+@torch.library.custom_op("vllm_mtp::group_attention_backward", mutates_args=())
+def _attention_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    prefix_lengths: torch.Tensor,
+    longest: torch.Tensor,
+    real_learn: bool,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of queries, keys and values; those of real rows stay 0 if they do not learn."""
+    of_query, of_key, of_value = query.new_empty(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+    for part in _parts(query, key, prefix_lengths, longest, window):
+        rows, keys = part.rows, part.of(key)
+        its, behind = query[:, :, :, rows], gradient[:, :, :, rows]
+        weights, capped = _weights(its, keys, part, softcap)
+        mean = (behind.float() * output[:, :, :, rows].float()).sum(-1, keepdim=True)
+        flat = behind.flatten(2, 3)
+        of_scores = (flat @ part.of(value).transpose(2, 3)).float().view_as(weights).sub_(mean).mul_(weights)
+        if capped is not None:
+            of_scores.mul_(1 - capped * capped)
+        of_scores = of_scores.to(query.dtype).flatten(2, 3)
+        of_query[:, :, :, rows] = (of_scores @ keys).unflatten(2, behind.shape[2:4])
+        first = 0 if real_learn else part.num_real
+        part.add(of_key, of_scores[..., first:].transpose(2, 3) @ its.flatten(2, 3))
+        part.add(of_value, weights.to(value.dtype).flatten(2, 3)[..., first:].transpose(2, 3) @ flat)
+    return of_query, of_key, of_value
+
+
+@_attention.register_fake
+def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+@_attention_backward.register_fake
+def _(gradient: torch.Tensor, *tensors: Any) -> tuple[torch.Tensor, ...]:
+    return tuple([tensor.new_empty(tensor.shape) for tensor in tensors[:3]])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.real_learn, ctx.window, ctx.softcap = inputs
+    ctx.save_for_backward(*tensors[:3], output, *tensors[3:])
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    found = _attention_backward(gradient, *ctx.saved_tensors, ctx.real_learn, ctx.window, ctx.softcap)
+    return (*found, None, None, None, None, None)
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
 
 
 def group_attention(
@@ -181,8 +213,9 @@ def group_attention(
     """
     dtype = value.dtype  # with autocast that of a linear's output, while rotated queries and keys are not
     by_key = (query * scaling).to(dtype).unflatten(1, (key.shape[1], -1))
-    output = _Attention.apply(by_key, key.to(dtype), value, groups, sliding_window, softcap)
-    return cast("torch.Tensor", output).flatten(1, 2).transpose(1, 2).contiguous(), None
+    whom = groups.prefix_lengths, groups.longest, groups.real_learn
+    output: torch.Tensor = _attention(by_key, key.to(dtype), value, *whom, sliding_window, softcap)
+    return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, group_attention)

@@ -92,7 +92,7 @@ def read(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor,
     return decode(model, input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state, cache
 
 
-def read_groups(model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tensor, cache: Cache, num_real: int) -> torch.Tensor:
+def read_groups(model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Final-norm states of groups' rows [B, G, K, d].
 
     Args:
@@ -100,7 +100,6 @@ def read_groups(model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tens
         rows: what enters the first layer, shape [B, G, K, d].
         prefix_lengths: L of each group; its rows stand at positions L .. L+K-1 and see real rows 0 .. L-1, shape [B, G].
         cache: what `read` left of the real rows; it is left as it was.
-        num_real: T, their number.
     """
     B, G, K, _ = rows.shape
     positions = prefix_lengths[..., None] + torch.arange(K, device=rows.device)
@@ -113,7 +112,7 @@ def read_groups(model: nn.Module, rows: torch.Tensor, prefix_lengths: torch.Tens
         attention_mask=rows.new_zeros(1, 1, 1, 1),  # so that none is made; `groups` says what rows see
         past_key_values=Cache([_Behind(layer) for layer in layers]),
         use_cache=True,
-        groups=group_attention.Groups.of(prefix_lengths, K, num_real, real_learn=learn),
+        groups=group_attention.Groups.of(prefix_lengths, real_learn=learn),
     )
     return out.last_hidden_state.view(B, G, K, -1)
 
@@ -253,7 +252,7 @@ class MaskedModel(TrainedModel):
     def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: Cache, real: torch.Tensor) -> torch.Tensor:
         rows = self.mask_embeddings[:num_masks].to(real.dtype).expand(*prefix_lengths.shape, -1, -1)
         with self.groups(lora=True):
-            return read_groups(self.student.get_base_model(), rows, prefix_lengths, cache, real.shape[1])
+            return read_groups(self.student.get_base_model(), rows, prefix_lengths, cache)
 
     def forward(
         self,

@@ -93,7 +93,7 @@ class Student(TrainedModel):
                 real, cache = read(self.teacher, input_ids)
             rows = self.teacher_embed(own).to(real.dtype)
             with self.groups(lora=False):
-                behind = read_groups(self.reader, rows, prefix_lengths, cache, real.shape[1])
+                behind = read_groups(self.reader, rows, prefix_lengths, cache)
             teacher = torch.cat([_rows(real, at), behind], 2)
         sampled = None
         if self.sampler is not None:
@@ -157,7 +157,7 @@ class FullStudent(Student):
 
     def mask_states(self, prefix_lengths: torch.Tensor, num_masks: int, cache: Cache, real: torch.Tensor) -> torch.Tensor:
         tokens = prefix_lengths.new_full((*prefix_lengths.shape, num_masks), self.mask_token_id)
-        return read_groups(self.student, self.embed(tokens).to(real.dtype), prefix_lengths, cache, real.shape[1])
+        return read_groups(self.student, self.embed(tokens).to(real.dtype), prefix_lengths, cache)
 
     def best(self, states: torch.Tensor) -> torch.Tensor:
         return self._of_tokens(self.unembed(states)).argmax(-1)
