@@ -69,25 +69,25 @@ def _parts(
     query: torch.Tensor, key: torch.Tensor, prefix_lengths: torch.Tensor, longest: torch.Tensor, window: int | None
 ) -> list[_Part]:
     """All groups; the arguments are those of `_attention`."""
-    device, parts, (G,) = query.device, [], longest.shape
+    device, dtype, (G,) = query.device, query.dtype, longest.shape
     K, T = query.shape[3] // G, key.shape[2] - query.shape[3]
-    at_a_time = max(1, (ROWS_OF_A_CPU if device.type == "cpu" else ROWS) // K)
+    at_a_time = min(max(1, (ROWS_OF_A_CPU if device.type == "cpu" else ROWS) // K), G)
+    row, t = torch.arange(at_a_time * K, device=device), torch.arange(T, device=device)
+    group, within = row // K, row % K
+    distance = within[:, None] - within
+    hidden = (group[:, None] != group) | (distance < 0) | (distance >= (window or K))
+    on_own = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf).expand(len(prefix_lengths), -1, -1)
+    prefixes, most, parts = prefix_lengths.repeat_interleave(K, 1)[:, :, None], longest.tolist(), []  # [B, N, 1]
     for begin in range(0, G, at_a_time):
         end = min(begin + at_a_time, G)
-        most = max(longest[begin:end].tolist())
-        row = torch.arange((end - begin) * K, device=device)
-        group, within = row // K, row % K
-        prefix = prefix_lengths[:, begin:end].repeat_interleave(K, 1)[:, :, None]  # [B, n, 1]
-        t = torch.arange(most, device=device)
-        distance = within[:, None] - within
-        hidden_real, hidden_own = t >= prefix, (group[:, None] != group) | (distance < 0)
-        if window is not None:
-            hidden_real |= prefix + within[:, None] - t >= window
-            hidden_own |= distance >= window
-        hidden = torch.cat([hidden_real, hidden_own.expand(len(prefix), -1, -1)], 2)
-        bias = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
         rows, own = (slice(first + begin * K, first + end * K) for first in (0, T))
-        parts.append(_Part(rows, own, most, bias))
+        n, num_real, prefix = (end - begin) * K, max(most[begin:end]), prefixes[:, rows]
+        hidden = t[:num_real] >= prefix
+        if window is not None:
+            hidden |= prefix + within[:n, None] - t[:num_real] >= window
+        on_real = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        bias = torch.cat([on_real, on_own[:, :n, :n]], 2)[:, None, None]
+        parts.append(_Part(rows, own, num_real, bias))
     return parts
 
 
