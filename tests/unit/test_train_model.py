@@ -1,6 +1,7 @@
 """The packed forward of training against one naive forward for every prefix."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
 from tests.unit.tiny_models import as_adapter, tiny_base, tiny_config, tiny_masked_model
+from vllm_mtp.adapter import read_adapter, write_adapter
 from vllm_mtp.train.export import load_adapter
 from vllm_mtp.train.model import MaskedModel
 
@@ -192,6 +194,26 @@ def test_a_start_from_an_adapter_computes_what_the_adapter_does_also_at_a_larger
         load_adapter(started, as_adapter(model))
         found = started.states(inputs["input_ids"], inputs["prefix_lengths"])[1]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_may_have_ranks_of_their_own_and_an_adapter_keeps_them(tmp_path: Path) -> None:
+    config = tiny_config(rank=4, rank_of=("mlp=2", "down_proj=6"))
+    model, inputs = tiny_masked_model(config, tiny_base()), batch([20, 14])
+    parts = as_adapter(model)
+    write_adapter(tmp_path / "adapter", parts.config, parts.lora, parts.mask_embeddings, parts.sampler)
+    adapter = read_adapter(tmp_path / "adapter")
+    for name, weights in adapter.lora.items():
+        assert len(weights.a) == (6 if "down_proj" in name else 2 if "mlp" in name else 4), name
+        assert weights.scale == 2
+    started = MaskedModel(tiny_base(), config)
+    load_adapter(started, adapter)
+    for states in zip(*(one.states(inputs["input_ids"], inputs["prefix_lengths"]) for one in (model, started)), strict=True):
+        torch.testing.assert_close(*states)
+
+
+def test_a_rank_of_no_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rank_of moe=2: no linear layer has that in its name; they are down_proj, .*v_proj"):
+        MaskedModel(tiny_base(), tiny_config(rank_of=("mlp=8", "moe=2")))
 
 
 @pytest.mark.parametrize("options", [{"rank": 2}, {"mask_tokens": 2}, {"sampler": False}])

@@ -13,7 +13,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 FULL_DEFAULTS: dict[str, Any] = {"sampler": False, "learning_rate": 1e-5}
 """What is otherwise than the fields' own defaults where nothing is given."""
-ADAPTER_ONLY = {"rank", "alpha", "train_mask_embeddings", "sampler_residual", "init_adapter"}
+ADAPTER_ONLY = {"rank", "rank_of", "alpha", "train_mask_embeddings", "sampler_residual", "init_adapter"}
 """Options without a use where all weights are trained."""
 
 Positive = Annotated[int, Field(gt=0)]
@@ -68,8 +68,10 @@ class TrainConfig(StrictModel):
     """k, the most drafts that the adapter can give. self-distill: each step draws their number, from 1 to this."""
     rank: Positive = 32
     """LoRA's rank, on every linear layer that `causal_lm.linears` finds."""
+    rank_of: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+=[1-9][0-9]*$")], ...] = ()
+    """Another rank for layers whose names have a part: `mlp=16`; where several do, the last one's. Repeatable."""
     alpha: Positive | None = None
-    """LoRA's alpha; twice the rank by default."""
+    """LoRA's alpha; twice a layer's rank by default."""
     train_mask_embeddings: bool = True
     """False: mask embeddings stay as they began."""
     sampler: bool = True
@@ -137,7 +139,7 @@ class TrainConfig(StrictModel):
     eval_steps: Positive | None = None
     """Count tokens per forward on the held-out prompts every so many steps; None: at the end only."""
 
-    @field_validator("data", "eval_data", "report_to", mode="before")
+    @field_validator("data", "eval_data", "report_to", "rank_of", mode="before")
     @classmethod
     def _one_is_enough(cls, value: object) -> object:
         return (value,) if isinstance(value, str | Path) else value

@@ -190,6 +190,26 @@ class TrainedModel(Trained, ABC):
         return real, self.mask_states(prefix_lengths, self.options.mask_tokens, cache, real)
 
 
+def lora_config(names: list[str], config: TrainConfig) -> LoraConfig:
+    """PEFT's configuration of LoRA on linear layers of these names; ValueError where `rank_of` has a part that none of them has."""
+    ranks = {}
+    for part, _, rank in [asked.partition("=") for asked in config.rank_of]:
+        having = [name for name in names if part in name]
+        if not having:
+            kinds = sorted({name.rpartition(".")[2] for name in names})
+            raise ValueError(f"rank_of {part}={rank}: no linear layer has that in its name; they are {', '.join(kinds)}")
+        ranks.update(dict.fromkeys(having, int(rank)))
+    alphas = {name: config.alpha or 2 * rank for name, rank in ranks.items()}
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha or 2 * config.rank,
+        target_modules=names,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        task_type="CAUSAL_LM",
+    )
+
+
 class MaskedModel(TrainedModel):
     """Mask embeddings, gated LoRA and sampler head around a frozen base.
 
@@ -207,9 +227,7 @@ class MaskedModel(TrainedModel):
         attend_as_defined(base)
         self.options = config
         base.requires_grad_(False).eval()
-        lora = LoraConfig(
-            r=config.rank, lora_alpha=config.alpha or 2 * config.rank, target_modules=list(linears(base)), task_type="CAUSAL_LM"
-        )
+        lora = lora_config(list(linears(base)), config)
         self.switched = Switched(base, lora) if is_in_parts(base) else None
         if self.switched is not None:
             student, self.student = base, self.switched.student
