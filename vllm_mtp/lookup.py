@@ -34,7 +34,7 @@ AGAINST, FOR = (-0.2, -0.6, -1.2, -1.9, -2.7, -4.0), (0.2, 0.6, 1.2, 1.9, 2.7, 4
 OF_A_KIND, OF_A_REQUEST, MOST = 2.0, 1.0, 25.0
 """How sure what is thought of a kind, and of a request, is before one was seen, and becomes at most: 1 / variance, in log odds."""
 CERTAIN = 0.995
-"""No draft is thought to be likelier."""
+"""No draft is said to be likelier; what is learned from is what is thought, for else terms would grow without end."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,12 @@ class Lookup:
         assert known.found is not None
         known.thought, reached = [], 1.0
         for terms in self._terms(known.term, known.found[1], others, sure):
-            chance = min(1.0 / (1.0 + math.exp(-sum([term.log_odds for term in terms]))), CERTAIN)
+            chance = 1.0 / (1.0 + math.exp(-sum([term.log_odds for term in terms])))
             known.thought.append((chance, terms))
             reached *= chance
             if reached <= floor:
                 break
-        return [chance for chance, _ in known.thought]
+        return [min(chance, CERTAIN) for chance, _ in known.thought]
 
     def observe(self, request: str, generated: Sequence[int], begin: int) -> None:
         """Takes in what came after `find` and `chances`, whether its drafts were verified or not.

@@ -140,6 +140,15 @@ def test_mask_tokens_that_say_the_same_make_a_draft_likelier_and_others_less_lik
     assert denied[2] == agreed[2] == alone[2]  # nothing is said of it
 
 
+def test_a_text_that_loops_for_long_leaves_terms_that_can_be_unlearned() -> None:
+    lookup, tokens = after(1.0, 60_000), [1, 2, 3, 4, 5, 1, 2]
+    assert max(term.log_odds for term in lookup.kinds.values()) < 6
+    for _ in range(20):
+        find(lookup, "another", tokens, 3)
+        lookup.observe("another", [99], len(tokens))
+    assert find(lookup, "another", tokens, 3)[1][0] < 0.3
+
+
 def test_no_draft_is_certain_and_none_is_asked_of_behind_one_that_is_not_reached() -> None:
     lookup, tokens = after(1.0, 3000), [1, 2, 3, 4, 5, 1, 2]
     assert max(find(lookup, "0", tokens, 3)[1]) <= CERTAIN
