@@ -1,14 +1,16 @@
 """`vllm-mtp eval`: by domain and k, the figures of the reference decoder, on the screen, in JSON and as a picture."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from tests.unit.tiny_models import save_tiny_base, tiny_config, tiny_masked_model
-from vllm_mtp.cli.eval import positions, tokens_per_forward
+from vllm_mtp.cli.eval import positions, print_report, tokens_per_forward
 from vllm_mtp.cli.main import app
 from vllm_mtp.outputs import Output, figures
 from vllm_mtp.reference import ReferenceModel
@@ -64,6 +66,15 @@ def test_figures_are_those_of_the_reference_decoder(folder: Path, tmp_path: Path
     for words in ("quadratic, sampler head", "linear, plain head", "average", f"{first[1]:.2f}", "loop"):
         assert words in " ".join(result.stdout.split())  # titles are broken at their table's width
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_outputs_that_end_at_once_are_explained() -> None:
+    """As with documents that are shorter than a prompt may be."""
+    for tokens, said in ([7], True), ([7, 8, 9], False):
+        row = {"layout": "linear", "head": "plain", "k": 1, "figures": figures([Output(tokens, [1] if said else [1, 2])])}
+        text = io.StringIO()
+        print_report(Console(file=text), {"domains": {"short": [row]}})
+        assert ("Every output of short ends with its first token" in text.getvalue()) is said
 
 
 @pytest.mark.parametrize(

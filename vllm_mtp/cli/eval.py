@@ -270,6 +270,13 @@ def print_report(out: Console, report: dict[str, Any]) -> None:
         mean = first["all"]["output_tokens"] / first["all"]["outputs"]
         rows.append([domain, str(first["all"]["outputs"]), f"{mean:.0f}", f"{share:.0%}"])
     print_table(out, "Outputs", ["", "outputs", "mean tokens", "loop"], rows)
+    ended = [domain for domain in domains if report["domains"][domain][0]["figures"]["all"]["acceptance_length"] is None]
+    if ended:
+        out.print(
+            f"Every output of {', '.join(ended)} ends with its first token, so that no forward is counted. Texts are prompts up to "
+            "--prompt-tokens: where they end before that, ask for fewer.",
+            soft_wrap=True,
+        )
     if any(layout == "quadratic" for layout, _ in ways):
         print_table(
             out,
