@@ -109,7 +109,7 @@ def _weights(
     return scores.add_(part.bias).softmax(-1, dtype=torch.float32), capped
 
 
-# Operators of their own: torch.compile would compile them anew in every step, whose parts have other sizes.
+# Operators of their own, which torch.compile calls as they are: it would compile what they do anew for parts of other sizes.
 
 
 @torch.library.custom_op("vllm_mtp::group_attention", mutates_args=())
