@@ -435,7 +435,7 @@ def _dispatch_cpu_unquantized_gemm(original: Callable[..., Any]) -> Callable[...
         config = get_current_vllm_config_or_none()
         if isinstance(packed, PanelLinear):
             packed.load(layer.weight)
-        elif config is not None and selection.selected(config) and fits_panels(layer):
+        elif config is not None and selection.selected(config) and selection.uses_kernels(config) and fits_panels(layer):
             layer.cpu_linear = PanelLinear(layer.weight)
         else:
             return original(layer, remove_weight)

@@ -80,6 +80,7 @@ DraftSampleMethod = Literal["greedy", "probabilistic"]
 """vLLM's own name and values (config/speculative.py, SpeculativeConfig.draft_sample_method)."""
 
 
+Kernels = Literal["auto", "torch"]
 Acceptance = Literal["lossless", "confidence"]
 Tau = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -126,6 +127,11 @@ class ServingOptions(StrictModel, strict=True):
     max_mask_rows: Annotated[int, Field(ge=1)] | None = None
     """Most mask rows of a step, however many requests it has; those beyond go without drafts. None: on a CPU as many as
     --max-num-batched-tokens leaves, on an accelerator `load.MASK_ROWS_OF_AN_ACCELERATOR`."""
+
+    kernels: Kernels = "auto"
+    """auto: this package's kernels where there are some for the device, Triton's on CUDA GPUs and C++ on CPUs; which of them run
+    is logged. torch: none of them, but torch's operations and the server's own attention backend, which is slower; to tell whether
+    a kernel is at fault."""
 
     acceptance: Annotated[
         Acceptance,

@@ -10,6 +10,7 @@ tensor operations
 without host reads. No vLLM import.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,6 +58,7 @@ class Groups:
         query_start: first row of each request and, behind them, of each group, and N + M at the end, [R + G + 1], int32.
         query_start_cpu: the same on the host.
         longest_query: most rows that a request or a group has.
+        most_masks: most mask rows of a request.
         accepted_group: group to draft from when request i accepted j drafts, -1 where there is none, [R, k + 1].
         after, starts, lengths: `accepted_group`, `start` and `length` as lists.
     """
@@ -76,6 +78,7 @@ class Groups:
     query_start: torch.Tensor
     query_start_cpu: torch.Tensor
     longest_query: int
+    most_masks: int
     accepted_group: torch.Tensor
     after: list[list[int]]
     starts: list[int]
@@ -243,6 +246,7 @@ def plan_groups(
         query_start=columns[10].int(),
         query_start_cpu=torch.tensor(query_start, dtype=torch.int32),
         longest_query=max(*num_rows, *length),
+        most_masks=max(map(operator.sub, request_start[1:], request_start)),
         accepted_group=columns[11].view(-1, k + 1),
         after=after,
         starts=starts,

@@ -196,9 +196,11 @@ class Planner:
         if kept is planned:
             return planned
         kept.positions.copy_(planned.positions)
+        tensors = {}
         for each in fields(kept.sequences):
             stood, new = getattr(kept.sequences, each.name), getattr(planned.sequences, each.name)
-            if isinstance(stood, torch.Tensor) and stood is not new:
-                stood.copy_(new)
-        sequences = replace(kept.sequences, longest=planned.sequences.longest)
-        return PlannedStep(kept.groups, kept.positions, sequences, None)
+            if isinstance(stood, torch.Tensor):
+                tensors[each.name] = stood
+                if stood.data_ptr() != new.data_ptr():  # the engine's own tables stand where they stood
+                    stood.copy_(new)
+        return PlannedStep(kept.groups, kept.positions, replace(planned.sequences, **tensors), None)

@@ -353,6 +353,11 @@ def selected(vllm_config: Any) -> bool:
     return "adapter" in ((vllm_config.additional_config or {}).get("mtp") or {}) and vllm_config.speculative_config is not None
 
 
+def uses_kernels(vllm_config: Any) -> bool:
+    """Whether a selected engine's operator lets it run our kernels."""
+    return bool(vllm_config.additional_config["mtp"].get("kernels", "auto") != "torch")
+
+
 __all__ = [
     "AdapterError",
     "ConfigurationError",
@@ -362,5 +367,6 @@ __all__ = [
     "resolve",
     "runs_on_v2",
     "selected",
+    "uses_kernels",
     "vllm_version",
 ]

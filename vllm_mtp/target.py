@@ -17,17 +17,16 @@ from vllm_mtp import compiled, gated_lora, load, metrics, parallel
 from vllm_mtp.adapter import Adapter, AdapterError, check_base, fingerprint_tensors
 from vllm_mtp.breaker import Breaker
 from vllm_mtp.config import ServingOptions
-from vllm_mtp.cpu_attention import CpuCombAttention, kernels_load, supports
 from vllm_mtp.cpu_drafter import PanelDrafter
-from vllm_mtp.cpu_linear import PackedSampler, with_kernels, with_packed_products
+from vllm_mtp.cpu_linear import PackedSampler
 from vllm_mtp.cpu_memory import FreedMemory
 from vllm_mtp.drafter import Drafter, SampledDrafts, Sampler
 from vllm_mtp.expansion import Expansion
 from vllm_mtp.foreign import longest_group, read_served
-from vllm_mtp.kernels.cpu import DTYPES
+from vllm_mtp.kernel_choice import KernelChoice
 from vllm_mtp.kv_cache import with_scratch_blocks
 from vllm_mtp.layout import group_lengths
-from vllm_mtp.mask_attention import ForkedSequences, MaskAttention, StepSequences
+from vllm_mtp.mask_attention import ForkedSequences, StepSequences
 from vllm_mtp.plan import PlannedStep, Planner, most_groups
 from vllm_mtp.request_lora import RequestLoRAs
 
@@ -106,14 +105,20 @@ class MaskTokenTarget:
         check_base(adapter.config, self.config.model_config.hf_text_config, fingerprint_tensors(model.named_parameters()))
         dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(model.parameters()).device
         rows = gated_lora.RowSplit(self.max_rows, device, dtype)
-        kernels = current_platform.is_cpu() and dtype in DTYPES and kernels_load()
-        on_cpu = with_kernels if kernels else with_packed_products
-        with_lora = on_cpu if current_platform.is_cpu() else gated_lora.with_two_products
+        block_size = self.config.cache_config.block_size
+        kernels = KernelChoice(model, rows, wanted=self.options.kernels != "torch")
+        kernels.try_out(adapter.lora, self.longest_group, self.max_model_len, block_size)
         try:
-            gated_lora.install(model, dict(adapter.lora), rows, with_lora)
+            gated_lora.install(model, dict(adapter.lora), rows, kernels.with_lora)
         except ValueError as error:
             raise AdapterError(f"{self.options.adapter}: {error}") from None
-        self.attention = self._mask_attention(model, rows, in_place=kernels and not keep_states)
+        # A KV connector sees each layer pass by in vLLM's own operations.
+        alone = self.config.kv_transfer_config is None
+
+        def in_our_graph() -> bool:
+            return alone and rows.tracing_expanded
+
+        self.attention = kernels.attention(self._metadata, in_our_graph, block_size, replayed=keep_states)
         request_loras = RequestLoRAs(model)
         embed = request_loras.without(cast(Callable[[torch.Tensor], torch.Tensor], model.embed_input_ids))
         with torch.no_grad():
@@ -154,35 +159,6 @@ class MaskTokenTarget:
         context = get_forward_context()
         if hasattr(context, "moe_layer_index"):  # layers of experts count themselves, in later releases
             context.moe_layer_index = 0
-
-    def _mask_attention(self, model: torch.nn.Module, rows: gated_lora.RowSplit, *, in_place: bool) -> MaskAttention:
-        """The attention of mask rows, put into the layers of `model`.
-
-        Args:
-            in_place: read the cache where it lies if the layers allow it; not for replayed graphs, which read the plan where their
-                capture stood, and only forks know how to keep that.
-        """
-        from vllm.model_executor.layers.attention import Attention
-
-        layers = [module for module in model.modules() if isinstance(module, Attention)]
-        for layer in layers:
-            if layer.get_attn_backend().forward_includes_kv_cache_update:
-                raise ValueError(
-                    f"mask-token prediction does not support the attention backend {layer.get_attn_backend().get_name()}, "
-                    "which writes the KV cache inside its attention call: choose another with --attention-backend"
-                )
-        dtype, block_size = cast(torch.dtype, self.config.model_config.dtype), self.config.cache_config.block_size
-        # A KV connector sees each layer pass by in vLLM's own operations.
-        alone = self.config.kv_transfer_config is None
-
-        def in_our_graph() -> bool:
-            return alone and rows.tracing_expanded
-
-        comb = in_place and all(supports(layer, dtype, block_size) for layer in layers)
-        attention: MaskAttention = CpuCombAttention(in_our_graph) if comb else ForkedSequences(self._metadata)
-        for layer in layers:
-            attention.wrap(layer)
-        return attention
 
     def _drafter(
         self, model: Any, adapter: Adapter, request_loras: RequestLoRAs, dtype: torch.dtype, device: torch.device
@@ -290,7 +266,8 @@ class MaskTokenTarget:
                 "mask-token prediction needs an attention kernel whose blocks are the cache's: "
                 f"set --block-size {group.kernel_block_size}"
             )
-        self.builder = self._metadata_builder(group)
+        if isinstance(self.attention, ForkedSequences):
+            self.builder = self._metadata_builder(group)
         context = self.config.compilation_config.static_forward_context
         self.attention.bind([context[name].kv_cache for name in group.layer_names])
         self.planner.bind(self.config.cache_config.block_size, self.first_scratch_block)

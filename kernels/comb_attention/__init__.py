@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..dispatch import runs_triton
-from .inputs import CombInputs
+from .inputs import MAX_HEAD_SIZE, CombInputs
 from .layout import CombLayout
 from .reference import comb_attention_reference
 
-__all__ = ["CombInputs", "CombLayout", "comb_attention_", "comb_attention_reference"]
+__all__ = ["MAX_HEAD_SIZE", "CombInputs", "CombLayout", "comb_attention_", "comb_attention_reference"]
 
 
 def comb_attention_(

@@ -1,10 +1,13 @@
 """What comb attention reads, checked in one place and handed on as one thing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from .layout import CombLayout
+
+MAX_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class CombInputs:
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
 
+    def arguments(self) -> tuple[Any, ...]:
+        """The same in the order of `comb_attention_`."""
+        return tuple(getattr(self, each.name) for each in fields(self))
+
     def check(self, out: torch.Tensor) -> None:
         """Raises ValueError if shapes or dtypes do not fit each other and `out`."""
         q, k, v, sinks = self.q, self.k, self.v, self.sinks
@@ -33,8 +40,8 @@ class CombInputs:
             raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype} and out {out.dtype} must be one float type")
         if q.shape[1] % kv_heads or k.shape != v.shape or k.shape != (q.shape[0], kv_heads, head_size) or out.shape != q.shape:
             raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and out {tuple(out.shape)} do not fit")
-        if head_size > 256:
-            raise ValueError(f"head size {head_size} is above 256; such layers must run as forked sequences")
+        if head_size > MAX_HEAD_SIZE:
+            raise ValueError(f"head size {head_size} is above {MAX_HEAD_SIZE}; such layers must run as forked sequences")
         for cache in (self.key_cache, self.value_cache):
             if cache.dim() != 4 or cache.shape[2:] != (kv_heads, head_size) or cache.stride(3) != 1:
                 raise ValueError(

@@ -1,0 +1,137 @@
+"""Which kernels compute the mask rows of a served model: by device, by model, and by what the operator lets run. Chosen and logged
+once, before vLLM compiles the model.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_mtp import cpu_attention, cpu_linear, gated_lora, gpu_attention, gpu_linear, kernel_trial
+from vllm_mtp.cpu_attention import CpuCombAttention
+from vllm_mtp.gpu_attention import GpuCombAttention
+from vllm_mtp.kernels.cpu import DTYPES
+from vllm_mtp.kernels.dispatch import runs_triton
+from vllm_mtp.kernels.gated_lora import MAX_RANK
+from vllm_mtp.mask_attention import ForkedSequences, MaskAttention, StepSequences
+
+logger = init_logger("vllm.mtp")
+
+
+class KernelChoice:
+    """The choice for one served model.
+
+    Args:
+        model: loaded.
+        rows: where real rows end.
+        wanted: whether our own kernels may run (`ServingOptions.kernels`).
+
+    Attributes:
+        layers: vLLM's attention layers of the model.
+        triton: whether Triton kernels run; they did in `try_out`, once that was called.
+        native: whether our C++ kernels for CPUs run.
+
+    Raises:
+        ValueError: the attention backend does not support mask rows.
+    """
+
+    def __init__(self, model: torch.nn.Module, rows: gated_lora.RowSplit, *, wanted: bool) -> None:
+        from vllm.model_executor.layers.attention import Attention
+
+        self.model, self.rows = model, rows
+        self.layers: list[Any] = [module for module in model.modules() if isinstance(module, Attention)]
+        backends = {layer.get_attn_backend() for layer in self.layers}
+        for backend in backends:
+            if backend.forward_includes_kv_cache_update:
+                raise ValueError(
+                    f"mask-token prediction does not support the attention backend {backend.get_name()}, "
+                    "which writes the KV cache inside its attention call: choose another with --attention-backend"
+                )
+        # Triton's interpreter makes a CPU another GPU, if a slow one, unless attention runs on what only CPUs have.
+        on_cpu = "CPU_ATTN" in {backend.get_name() for backend in backends}
+        self.dtype: torch.dtype = rows.gate.dtype
+        self.triton = wanted and not on_cpu and runs_triton(rows.gate) and not current_platform.is_rocm()
+        self.native = wanted and on_cpu and self.dtype in DTYPES and cpu_attention.kernels_load()
+
+    @property
+    def with_lora(self) -> gated_lora.WithLora:
+        """What linear layers with a LoRA compute."""
+        if self.triton:
+            return gpu_linear.with_kernel
+        if self.native:
+            return cpu_linear.with_kernels
+        return cpu_linear.with_packed_products if current_platform.is_cpu() else gated_lora.with_two_products
+
+    def try_out(self, lora: Mapping[str, Any], longest_group: int, max_model_len: int, block_size: int) -> None:
+        """Tries Triton kernels on the model's shapes; those that fail do not run, and a warning says why.
+
+        Args:
+            lora: of the adapter by module, as `gated_lora.LowRank`.
+            longest_group: most mask rows of a group.
+            max_model_len, block_size: of the server, in tokens.
+
+        Raises:
+            RuntimeError: the GPU itself has failed, after which nothing can run on it in this process.
+        """
+        if not self.triton:
+            return
+        from vllm.model_executor.layers.linear import LinearBase
+
+        device, max_rows = self.rows.gate.device, self.rows.gate.shape[0]
+        linears: list[Any] = [module for module in self.model.modules() if isinstance(module, LinearBase)]
+        shapes = {
+            (sum(each.output_partition_sizes), getattr(each, "input_size_per_partition", each.input_size)) for each in linears
+        }
+        kinds = {kernel_trial.Heads.of(layer) for layer in self.layers if gpu_attention.why_not(layer, self.dtype) is None}
+        rank = min(MAX_RANK, max((each.a.shape[0] for each in lora.values()), default=1))
+        try:
+            kernel_trial.try_linears(shapes if lora else (), rank, max_rows, self.dtype, device)
+            kernel_trial.try_attention(kinds, longest_group, max_model_len, block_size, self.dtype, device)
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise RuntimeError(
+                    f'a kernel for mask rows failed on this GPU ({error}): start with "kernels": "torch" in --speculative-config'
+                ) from error
+            logger.warning(
+                'Mask rows run on torch\'s operations, and slower: %s. "kernels": "torch" asks for that without a warning',
+                str(error).partition("\n")[0] or type(error).__name__,
+            )
+            self.triton = False
+
+    def attention(
+        self,
+        build_metadata: Callable[[StepSequences], Any],
+        in_our_graph: Callable[[], bool],
+        block_size: int,
+        *,
+        replayed: bool,
+    ) -> MaskAttention:
+        """The attention of mask rows, put into the layers; says in the log what was chosen.
+
+        Args:
+            build_metadata: as `ForkedSequences` takes it.
+            in_our_graph: as `CpuCombAttention` takes it.
+            block_size: of the cache.
+            replayed: whether steps may be replayed as graphs, which read the plan where their capture stood; the kernel for CPUs
+                does not keep it there.
+        """
+        attention: MaskAttention = ForkedSequences(build_metadata)
+        why_not = None
+        if self.triton:
+            why_not = next(filter(None, (gpu_attention.why_not(layer, self.dtype) for layer in self.layers)), None)
+            if why_not is None:
+                attention = GpuCombAttention()
+        elif self.native and not replayed and all(cpu_attention.supports(each, self.dtype, block_size) for each in self.layers):
+            attention = CpuCombAttention(in_our_graph)
+        for layer in self.layers:
+            attention.wrap(layer)
+        logger.info(
+            "Mask rows: gated LoRA in %s, attention %s",
+            "Triton kernels" if self.triton else "C++ kernels" if self.native else "torch's products",
+            "as forked sequences of the server's backend" + (f" ({why_not})" if why_not else "")
+            if isinstance(attention, ForkedSequences)
+            else f"in a {'Triton' if self.triton else 'C++'} kernel",
+        )
+        return attention
