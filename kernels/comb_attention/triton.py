@@ -96,7 +96,8 @@ def _cached_keys(
     return acc, top, total
 
 
-@triton.jit
+# What changes from step to step is no part of what is compiled: the first step of 16 rows shall not wait for a compiler.
+@triton.jit(do_not_specialize=["num_rows", "q_tiles", "splits", "stride_os"])
 def comb_attention_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, table_ptr,
     prefix_ptr, group_start_ptr, group_ptr, row_start_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr,
@@ -110,7 +111,8 @@ def comb_attention_kernel(
 
     with L the prefix length of i's group; window, soft cap, sink and fp8 scales where given. A program owns up to BQ queries of one
     request and KV head, whatever groups they belong to, and one split of the context; split 0 attends the groups' own keys as well.
-    With SPLIT, out is the partial result [splits, M, H, D] and lse [splits, M, H] its base-2 log of summed weights.
+    With SPLIT, out is the partial result [splits, M, H, D] and lse [splits, M, H] its base-2 log of summed weights; -inf, and no
+    partial result, for a row that sees none of the split's keys.
     """
     q_tile = tl.program_id(0) % q_tiles
     split = tl.program_id(0) // q_tiles
@@ -186,9 +188,11 @@ def comb_attention_kernel(
     )  # fmt: skip
     acc = acc * value_factor
 
+    written = live
     out_ptrs = out_ptr + split * stride_os + (row.to(tl.int64) * stride_o + head * stride_oh)[:, None] + d[None, :]
     if SPLIT:
         seen_any = total > 0
+        written = live & seen_any
         acc = acc / tl.where(seen_any, total, 1.0)[:, None]
         lse = tl.where(seen_any, top + tl.log2(tl.where(seen_any, total, 1.0)), float("-inf"))
         tl.store(lse_ptr + (split * num_rows + row) * heads + head, lse, mask=live)
@@ -200,17 +204,17 @@ def comb_attention_kernel(
             acc = acc * decay[:, None]
             total = total * decay + tl.exp2(sink - new_top)
         acc = acc / tl.where(live, total, 1.0)[:, None]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside_q)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=written[:, None] & inside_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "num_rows", "splits"])
 def combine_kernel(
     out_ptr, partial_ptr, lse_ptr, row_start_ptr, sinks_ptr, requests, num_rows, heads, splits, stride_o, stride_oh,
     D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """out[i] = sum_s 2^(lse[s, i]) partial[s, i] / (sum_s 2^(lse[s, i]) + e^sink)
 
-    A program owns one row and BH heads. Rows behind the last request's are left alone.
+    A program owns one row and BH heads. Rows behind the last request's are left alone, splits with nothing to say are not read.
     """
     row = tl.program_id(0)
     if row >= tl.load(row_start_ptr + requests).to(tl.int32):
@@ -227,8 +231,9 @@ def combine_kernel(
         total = tl.zeros([BH], tl.float32)
     for split in range(splits):
         at = (split * num_rows + row).to(tl.int64) * heads + head
-        lse = tl.load(lse_ptr + at, mask=head < heads, other=0.0)
-        partial = tl.load(partial_ptr + (at * D)[:, None] + d[None, :], mask=inside, other=0.0)
+        lse = tl.load(lse_ptr + at, mask=head < heads, other=float("-inf"))
+        seen = inside & (lse != float("-inf"))[:, None]
+        partial = tl.load(partial_ptr + (at * D)[:, None] + d[None, :], mask=seen, other=0.0)
         new_top = tl.maximum(top, lse)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         decay = tl.exp2(top - shift)

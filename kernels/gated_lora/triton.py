@@ -98,7 +98,8 @@ def _expand(
     return acc
 
 
-@triton.jit
+# What changes from step to step is no part of what is compiled: the first step of 16 rows shall not wait for a compiler.
+@triton.jit(do_not_specialize=["m", "num_slices", "row_tiles", "shrink_tiles", "split_shrink", "split_base"])
 def gated_lora_kernel(
     y_ptr, x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, spans_ptr, n_ptr, t_ptr, part_ptr, counter_ptr, scale,
     m, out, k, ranks, rank, num_slices, stride_y, stride_x, stride_w,

@@ -14,7 +14,7 @@ from vllm.config import set_current_vllm_config
 from tests.architectures import ARCHITECTURES
 from tests.unit.test_train_processes import by_torchrun
 from tests.unit.tiny_models import tiny_config
-from vllm_mtp import demo, target
+from vllm_mtp import demo
 from vllm_mtp.adapter import read_adapter
 from vllm_mtp.mask_attention import ForkedSequences
 from vllm_mtp.reference import ReferenceModel
@@ -58,8 +58,6 @@ def test_trained_exported_and_served_as_plain(
 ) -> None:
     """`forked`: without our kernel for CPUs, as on other processors."""
     engines.close()
-    if forked:
-        monkeypatch.setattr(target, "kernels_load", lambda: False)
     base = random_model(tmp_path / "base", **ARCHITECTURES[name].config)
     adapter = train(run_for(base, tmp_path / "output"))
     lora = read_adapter(adapter).lora
@@ -69,7 +67,7 @@ def test_trained_exported_and_served_as_plain(
     options = {"model": str(base), "block_size": 32}
     batch = prompts[:20]
     expected = engines(**options).greedy(batch, NEW_TOKENS, ignore_eos=True)
-    engine = engines(speculative(adapter, K), **options)
+    engine = engines(speculative(adapter, K, kernels="torch" if forked else "auto"), **options)
     assert isinstance(engine.proposer.attention, ForkedSequences) is forked
     seen = record_groups(engine, monkeypatch)
     found = engine.greedy(batch, NEW_TOKENS, ignore_eos=True)

@@ -45,7 +45,8 @@ class Compiler:
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             value = arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            fixed = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and fixed):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -53,7 +54,7 @@ class Compiler:
                 signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32"
-                if value % 16 == 0:
+                if value % 16 == 0 and fixed:
                     attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         self.compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

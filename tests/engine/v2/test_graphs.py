@@ -34,7 +34,7 @@ class Replay:
         planned, self.speculator.planned = self.speculator.planned, self.captured
         # A CPU kernel takes its work split from the metadata, made on the host; a GPU's has it in a tensor. Made from the
         # captured tensors, it holds what they hold now.
-        self.captured.metadata = self.speculator.attention.build_metadata(self.captured.sequences)
+        self.captured.metadata = self.speculator.attention.prepare(self.captured.sequences)
         try:
             self.forward(CUDAGraphMode.NONE)
         finally:
