@@ -150,6 +150,18 @@ ON_CPUS: tuple[Requirement, ...] = (
 ON_GPUS: tuple[Requirement, ...] = (
     Replaced("v1.worker.gpu_worker", "Worker.determine_available_memory", "self"),
     Has("v1.worker.gpu_worker", "Worker", "model_runner"),
+    Called("platforms.interface", "Platform.is_cuda", "self"),
+    Called("platforms.interface", "Platform.is_rocm", "self"),
+    # Attention of mask rows beside that of real rows.
+    Imported("v1.attention.backend", "AttentionType"),
+    Has("v1.attention.backend", "AttentionType", "DECODER"),
+    Has("model_executor.layers.attention", "Attention", "num_heads num_kv_heads head_size head_size_v sliding_window"),
+    Has("model_executor.layers.attention", "Attention", "kv_sharing_target_layer_name kv_cache_dtype kv_cache_torch_dtype"),
+    Has("v1.attention.backends.flash_attn", "FlashAttentionImpl", "attn_type alibi_slopes scale logits_soft_cap sinks"),
+    Has("v1.attention.backends.triton_attn", "TritonAttentionImpl", "attn_type alibi_slopes scale logits_soft_cap sinks"),
+    # Linear layers in one launch with their LoRA.
+    Imported("model_executor.layers.linear", "UnquantizedLinearMethod"),
+    Imported("envs", "VLLM_BATCH_INVARIANT"),
 )
 
 V1_RUNNER: tuple[Requirement, ...] = (

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 
-from vllm_mtp import cpu_attention, cpu_linear, gated_lora, gpu_attention, gpu_linear, kernel_trial
+from vllm_mtp import cpu_attention, cpu_linear, gated_lora, gpu_attention, gpu_linear, kernel_trial, selection
+from vllm_mtp.config import ServingOptions
 from vllm_mtp.cpu_attention import CpuCombAttention
 from vllm_mtp.gpu_attention import GpuCombAttention
 from vllm_mtp.kernels.cpu import DTYPES
@@ -18,6 +20,19 @@ from vllm_mtp.kernels.gated_lora import MAX_RANK
 from vllm_mtp.mask_attention import ForkedSequences, MaskAttention, StepSequences
 
 logger = init_logger("vllm.mtp")
+
+
+def expected_attention(vllm_config: Any, options: ServingOptions) -> type[MaskAttention]:
+    """The attention of mask rows that an engine will most likely have, before there is one whose layers can be asked."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if options.kernels == "torch":
+        return ForkedSequences
+    if current_platform.is_cuda() and HAS_TRITON:
+        return GpuCombAttention
+    kind = model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype
+    if not current_platform.is_cpu() or selection.runs_on_v2() or not cpu_attention.reads_cache(*kind):
+        return ForkedSequences
+    return CpuCombAttention if cpu_attention.kernels_load() else ForkedSequences
 
 
 class KernelChoice:

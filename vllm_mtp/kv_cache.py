@@ -17,6 +17,8 @@ def with_scratch_blocks(kv_cache_config: Any, num_scratch: int) -> Any:
             f"{len(config.kv_cache_groups)}: leave --no-disable-hybrid-kv-cache-manager out; models with other layers than those "
             "of full and sliding-window attention are not supported"
         )
+    if num_scratch == 0:
+        return config
     for tensor in config.kv_cache_tensors:
         if not (_grow_layers if hasattr(tensor, "layer_stride") else _grow_layer)(tensor, config.num_blocks, num_scratch):
             raise ValueError(

@@ -56,6 +56,11 @@ def test_each_layers_own_allocation_grows() -> None:
     assert (after.num_blocks, [tensor.size for tensor in after.kv_cache_tensors]) == (13, [13 * PAGE, 13 * 2 * PAGE])
 
 
+def test_a_cache_without_scratch_blocks_may_be_laid_out_as_it_likes() -> None:
+    before = Config([Layers(2 * BLOCKS * PAGE, ["a", "b"], PAGE, 2 * PAGE)])
+    assert with_scratch_blocks(before, 0) == before
+
+
 @pytest.mark.parametrize(
     "tensor",
     [

@@ -84,21 +84,16 @@ class ScratchMemory:
 
 def scratch_memory(config: Any) -> ScratchMemory:
     """The scratch blocks that an engine with this configuration (`VllmConfig`) will take, before there is one."""
-    from vllm.platforms import current_platform
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_mtp import selection
-    from vllm_mtp.cpu_attention import CpuCombAttention, kernels_load, reads_cache
-    from vllm_mtp.mask_attention import ForkedSequences
+    from vllm_mtp.kernel_choice import expected_attention
     from vllm_mtp.plan import most_groups
     from vllm_mtp.target import MaskTokenTarget
 
     target, model, cache = MaskTokenTarget(config), config.model_config, config.cache_config
     groups = most_groups(target.layouts, target.max_requests, target.max_mask_rows)
-    kind = model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype
-    in_place = current_platform.is_cpu() and not selection.runs_on_v2() and reads_cache(*kind) and kernels_load()
-    blocks = groups * (CpuCombAttention if in_place else ForkedSequences).blocks_per_group(target.longest_group, cache.block_size)
+    blocks = groups * expected_attention(config, target.options).blocks_per_group(target.longest_group, cache.block_size)
     layer = FullAttentionSpec(
         block_size=cache.block_size,
         num_kv_heads=model.get_num_kv_heads(config.parallel_config),
