@@ -32,7 +32,7 @@ HEADS_8B, SMOKE = Heads(32, 8, 128, 16), Heads(4, 2, 16, 16)
 
 def paged_call(
     h: Heads, lengths: list[int], batch: int, context: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
-) -> Call:
+) -> partial[torch.Tensor]:
     """The kernel on requests of `context` tokens with groups of these lengths, one token further each, in a shuffled cache."""
     per_request = -(-context // h.block)
     cache = torch.randn(2, batch * per_request, h.block, h.kv_heads, h.head_size, device=device).to(dtype)

@@ -12,9 +12,9 @@ import pytest
 from .conftest import DEVICE, ROOT
 
 
-def run(*options: str | Path) -> subprocess.CompletedProcess[str]:
+def run(*options: str | Path, module: str = "benchmarks.kernels") -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernels", *options]
+    command = [sys.executable, "-m", module, *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -41,6 +41,23 @@ def test_smoke_times_every_kernel_and_continues(tmp_path: Path) -> None:
     assert len(rows) == len(cells)
     assert all(float(row["ratio"]) > 0 for row in rows)
     assert (tmp_path / "kernels_step.png").stat().st_size > 0
+
+
+def test_smoke_tunes_and_goes_on(tmp_path: Path) -> None:
+    output = tmp_path / "tune.json"
+    first = run("--output", output, "--smoke", "--minutes", "0", module="benchmarks.kernels.tune")
+    assert first.returncode == 0, first.stderr
+    assert "time is up" in first.stdout
+    second = run("--output", output, "--smoke", module="benchmarks.kernels.tune")
+    assert second.returncode == 0, second.stderr
+    cells = json.loads(output.read_text())["cells"]
+    assert len(cells) == 3
+    for cell in cells.values():
+        assert sum(entry["chosen"] for entry in cell["tried"]) == 1
+        assert len(cell["tried"]) > 1
+        assert all(entry["median_us"] > 0 for entry in cell["tried"])
+    again = run("--output", output, "--smoke", module="benchmarks.kernels.tune")
+    assert again.stdout == ""
 
 
 def test_a_file_of_another_machine_is_not_continued(tmp_path: Path) -> None:
