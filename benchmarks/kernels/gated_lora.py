@@ -1,5 +1,8 @@
-"""Gated LoRA at an 8 B model's layers: the plain product alone, with two torch products per slice, fused, and added."""
+"""Gated LoRA at an 8 B model's layers: the plain product alone, with two torch products per slice, with vLLM's own kernels for
+request adapters (punica, where vLLM is installed), fused, and added.
+"""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,6 +50,38 @@ def two_products(x: torch.Tensor, weight: torch.Tensor, lora: LowRankSlices, spa
     return y
 
 
+def punica(
+    weight: torch.Tensor, lora: LowRankSlices, spans: list[list[int]], rows: int, n: int
+) -> Callable[[torch.Tensor], object]:
+    """Base product, then vLLM's shrink and expand (lora/ops/triton_ops) with one adapter for rows from n on and none before.
+
+    Raises:
+        ImportError: vLLM is not installed, or has found no Triton.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    if not HAS_TRITON:
+        raise ImportError("vLLM has found no Triton that it can use")
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+
+    device = weight.device
+    of_row = torch.where(torch.arange(rows, device=device) < n, -1, 0).int()
+    meta = LoRAKernelMeta.make(1, rows, device)
+    meta.prepare_tensors(of_row)
+    given = meta.meta_args(rows, False)
+    a = [each.contiguous()[None] for each in lora.a]
+    b = [lora.b[first:end].contiguous()[None] for first, end in spans]
+    low = torch.empty(len(a), rows, lora.a.shape[1], dtype=torch.float32, device=device)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, weight)
+        lora_shrink(x, a, low.zero_(), *given, lora.scale)
+        lora_expand(low, b, y, *given, offset_start=0, add_inputs=True)
+        return y
+
+    return product
+
+
 def make(layer: Layer, rows: int, n: int, rank: int, variant: str, device: torch.device) -> list[Call]:
     """Calls over as many weights as L2 cannot hold."""
     out, num_real = sum(layer.parts), torch.tensor([n], device=device)
@@ -59,6 +94,8 @@ def make(layer: Layer, rows: int, n: int, rank: int, variant: str, device: torch
             calls.append(partial(F.linear, x, weight))
         elif variant == "torch":
             calls.append(partial(two_products, x, weight, lora, lora.spans.tolist(), n))
+        elif variant == "punica":
+            calls.append(partial(punica(weight, lora, lora.spans.tolist(), rows, n), x))
         else:
             calls.append(partial(gated_lora, x, weight, lora, num_real, None, variant))
     return calls
@@ -74,7 +111,7 @@ def cells(device: torch.device, smoke: bool) -> Cells:
             base_flops = 2 * rows * out * layer.inputs
             lora_flops = 2 * (rows - n) * rank * (len(layer.parts) * layer.inputs + out)
             shape = {"layer": layer.name, "k": k, "batch": batch, "rows": rows, "rank": rank}
-            for variant in ("gemm", "torch", "fused", "add"):
+            for variant in ("gemm", "torch", "punica", "fused", "add"):
                 plain = variant == "gemm"
                 yield Cell(
                     "gated_lora",

@@ -4,6 +4,7 @@ Triton decides when it is imported whether it interprets, and vLLM imports it, s
 `test_interpreted.py` runs this folder once more in a process of its own, and the other files are left to that process.
 """
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,12 @@ if not interpreting():
     collect_ignore += ["test_interleaved.py"]
 if interpreting() or find_spec("triton") is None:
     collect_ignore += ["test_compiles.py", "test_benchmarks.py"]
+
+
+def examples(count: int) -> int:
+    """How many of `count` examples to draw: a quarter on a GPU, where most of them wait for a compiler; KERNEL_EXAMPLES is another
+    factor."""
+    return max(1, round(count * float(os.environ.get("KERNEL_EXAMPLES", "0.25" if DEVICE.type == "cuda" else "1"))))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout, comb_attenti
 from vllm_mtp.kernels.comb_attention.triton import Config, choose_config, launch
 
 from .comb_cases import Case, cases
-from .conftest import DEVICE
+from .conftest import DEVICE, examples
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -35,7 +35,7 @@ def assert_close(case: Case, found: torch.Tensor) -> None:
         assert error.item() <= TOLERANCE[found.dtype]  # NaN fails
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(cases())
 def test_equals_the_formula(case: Case) -> None:
     out = poisoned(case)
@@ -43,7 +43,7 @@ def test_equals_the_formula(case: Case) -> None:
     assert_close(case, out)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=examples(120))
 @given(cases(), st.sampled_from([16, 32]), st.sampled_from([16, 64]), st.integers(1, 5))
 def test_every_tile_and_split_does_its_part(case: Case, bq: int, bn: int, splits: int) -> None:
     if case.key_cache.dtype == torch.uint8:

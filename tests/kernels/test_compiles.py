@@ -1,5 +1,8 @@
-"""The kernels compile for Hopper, which needs no GPU: matrix instructions are used, nothing spills, shared memory suffices."""
+"""The kernels compile for Hopper, which needs no GPU: matrix instructions are used, shared memory suffices, and their inner loops
+load 16 bytes at a time and spill nothing.
+"""
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -69,9 +72,25 @@ def check(compiled: Any, folder: Path, instruction: str | None) -> None:
     assert instruction is None or instruction in compiled.asm["ptx"]
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    assert "LOCAL:0" in usage
-    assert "STACK:0" in usage
+    code = subprocess.run([TOOLS / "cuobjdump", "-sass", binary], capture_output=True, text=True, check=True).stdout
+    loops = [loop for loop in inner_loops(code) if any("MMA" in line for line in loop)]
+    assert bool(loops) == (instruction is not None)
+    for loop in loops:
+        assert not [line for line in loop if re.search(r"\b(STL|LDL)\b", line)]
+        loads = [line for line in loop if "LDGSTS" in line]
+        # One table entry a key, where keys are found by their blocks, is 4 bytes.
+        assert loads
+        assert sum(".128" in line for line in loads) > len(loads) / 2
+        assert not [line for line in loop if re.search(r"\bLDG\b", line)]
+
+
+def inner_loops(code: str) -> list[list[str]]:
+    """Instructions of the loops that hold no other loop, of cuobjdump's listing."""
+    lines = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)]
+    jumps = [(int(found[1], 16), at) for at, line in lines if (found := re.search(r"\bBRA 0x([0-9a-f]+)", line))]
+    back = [(first, last) for first, last in jumps if first < last]
+    inner = [(a, b) for a, b in back if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)]
+    return [[line for at, line in lines if first <= at <= last] for first, last in inner]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from vllm_mtp.kernels.dispatch import counters
 from vllm_mtp.kernels.gated_lora import LowRankSlices, gated_lora, gated_lora_, gated_lora_reference
 from vllm_mtp.kernels.gated_lora.triton import Config, choose_config, launch
 
-from .conftest import DEVICE
+from .conftest import DEVICE, examples
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 DTYPES = st.sampled_from(list(TOLERANCE))
@@ -61,7 +61,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
         assert error.item() <= TOLERANCE[dtype]  # NaN fails
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(cases(), st.sampled_from(["fused", "add", "auto"]))
 def test_equals_the_formula(case: Case, form: str) -> None:
     found = gated_lora(case.x, case.weight, case.lora, case.num_real, case.bias, form)
@@ -69,7 +69,7 @@ def test_equals_the_formula(case: Case, form: str) -> None:
     assert not counters(DEVICE).any()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(cases(), st.integers(1, 4), st.integers(1, 4), st.sampled_from([16, 32]), st.sampled_from([16, 64]))
 def test_every_split_and_tile_writes_its_part_of_a_poisoned_output(case: Case, base: int, shrink: int, bn: int, bk: int) -> None:
     y = torch.full((case.x.shape[0], case.weight.shape[0]), float("nan"), dtype=case.x.dtype, device=DEVICE)
@@ -80,7 +80,7 @@ def test_every_split_and_tile_writes_its_part_of_a_poisoned_output(case: Case, b
     assert not counters(DEVICE).any()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(cases())
 def test_add_leaves_real_rows_and_other_columns_alone(case: Case) -> None:
     (m, out), n = (case.x.shape[0], case.weight.shape[0]), int(case.num_real)
@@ -95,7 +95,7 @@ def test_add_leaves_real_rows_and_other_columns_alone(case: Case) -> None:
     assert torch.equal(buffer[:, 3 + out :], before[:, 3 + out :])
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=examples(10))
 @given(cases(rows=st.integers(1, 30)))
 def test_real_rows_do_not_depend_on_mask_rows(case: Case) -> None:
     if int(case.num_real) >= case.x.shape[0]:
