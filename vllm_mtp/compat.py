@@ -216,7 +216,9 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
         finally:
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
         if on_v2:
-            config = selection.for_v2_runner(config, options, self.max_num_seqs, self.max_num_batched_tokens)
+            config = selection.for_v2_runner(
+                config, options, target_model_config.hf_text_config, self.max_num_seqs, self.max_num_batched_tokens
+            )
         from vllm_mtp import metrics
 
         # Into whatever process the configuration is sent.

@@ -107,7 +107,7 @@ class ServingOptions(StrictModel, strict=True):
     """quadratic: k mask tokens behind every row, so that there are k fresh drafts whatever is accepted, for k(k+1) mask rows a
     request. linear: k behind the last row only, so that there are drafts only when all were accepted. auto: groups of each
     request's own, where they are likely to bring a token (`shaping`) for what a row costs at this batch size, measured while
-    serving, or none (`load.LoadControl`); on the V2 runner the widest comb that the batch has rows for (`load.widest_comb`). A
+    serving, or none (`load.LoadControl`); on the V2 runner the comb that promises most by the model's sizes (`load.best_comb`). A
     list: k + 1 group lengths, one behind every row."""
     mask_token_id: Annotated[int, Field(ge=1, le=MAX_SIZE)] | None = None
     """For weights that were not trained here and do not say it. Full checkpoints: the one token that every mask row is embedded as.

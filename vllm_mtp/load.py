@@ -5,7 +5,7 @@ machine and batch, and what the rows are worth depends on the text. So both are 
 a token takes, is its price, by which `shaping` gives each request its groups. Plain decoding is held against that in short bursts
 of steps, ever more rarely the more often it loses, and so are drafts where plain decoding is what runs. What such a burst takes
 beside those before and after it corrects the forecast: a machine has neighbours, and a time alone says little. Where steps overlap
-and cannot be timed one by one, `widest_comb` takes what the batch has rows for.
+and cannot be timed one by one, `best_comb` goes by the model's roofline.
 """
 
 import math
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from vllm_mtp.forecast import Batch, StepCost
 from vllm_mtp.layout import group_lengths
+from vllm_mtp.roofline import WORTH_IT, Roofline
 from vllm_mtp.shaping import FIRST_PRICE, LOWEST_PRICE, SHAPED
 
 SETTLE = 2  # steps after a change that still verify, or pay for, what was asked for before it
@@ -76,9 +77,8 @@ def fitting_layouts(k: int, max_rows: int, max_mask_rows: int) -> list[tuple[int
 
 
 MASK_ROWS_OF_AN_ACCELERATOR = 1024
-"""Most mask rows of a step on an accelerator, unless `max_mask_rows` says otherwise. Rows are free while a step is bound by reading
-weights, which in bf16 ends near 300 rows on an H100 or H200 (800 TFLOP/s over 3-5 TB/s); past three times that they cost more than
-they can bring. From the data sheets, not measured."""
+"""Most mask rows of a step on an accelerator, unless `max_mask_rows` says otherwise: what memory is set aside for. How many are
+worth their time says `roofline`."""
 
 
 def mask_row_budget(asked: int | None, max_rows: int, *, on_cpu: bool) -> int:
@@ -86,8 +86,11 @@ def mask_row_budget(asked: int | None, max_rows: int, *, on_cpu: bool) -> int:
     return min(max_rows, asked or (max_rows if on_cpu else MASK_ROWS_OF_AN_ACCELERATOR))
 
 
-def widest_comb(layouts: list[tuple[int, ...]], num_requests: int, max_rows: int, max_mask_rows: int) -> tuple[int, ...]:
-    """The layout with the longest groups behind every row that `num_requests` requests have room for, else the one without masks.
+def best_comb(
+    layouts: list[tuple[int, ...]], num_requests: int, max_rows: int, max_mask_rows: int, roofline: Roofline
+) -> tuple[int, ...]:
+    """The layout with groups behind every row that promises most of those that `num_requests` requests have room for; the one
+    without masks if none promises more than plain decoding.
 
     What stands for `auto` where steps are not timed one by one, because under asynchronous scheduling they overlap.
 
@@ -95,22 +98,24 @@ def widest_comb(layouts: list[tuple[int, ...]], num_requests: int, max_rows: int
         layouts: from which to choose, in order of their rows.
         num_requests: decoding requests of the step.
         max_rows, max_mask_rows: most rows of a step, and most mask rows.
+        roofline: of the model.
     """
-    fitting = [
-        lengths
+    fitting = {
+        lengths: roofline.gain(num_requests, max(lengths), rows_of(lengths))
         for lengths in layouts
         if lengths[0] and num_requests * rows_of(lengths) <= max_rows and num_requests * sum(lengths) <= max_mask_rows
-    ]
-    return fitting[-1] if fitting else (0,) * len(layouts[0])
+    }
+    best = max(fitting, key=fitting.__getitem__, default=None)
+    return best if best is not None and fitting[best] >= WORTH_IT else (0,) * len(layouts[0])
 
 
 def drafts_by_batch_size(
-    layouts: list[tuple[int, ...]], max_requests: int, max_rows: int, max_mask_rows: int
+    layouts: list[tuple[int, ...]], max_requests: int, max_rows: int, max_mask_rows: int, roofline: Roofline
 ) -> list[tuple[int, int, int]]:
-    """What `widest_comb` drafts, as vLLM's scheduler wants it: (first, last number of requests, drafts)."""
+    """What `best_comb` drafts, as vLLM's scheduler wants it: (first, last number of requests, drafts)."""
     ranges: list[tuple[int, int, int]] = []
     for count in range(1, max_requests + 1):
-        drafts = max(widest_comb(layouts, count, max_rows, max_mask_rows))
+        drafts = max(best_comb(layouts, count, max_rows, max_mask_rows, roofline))
         if ranges and ranges[-1][2] == drafts:
             ranges[-1] = (ranges[-1][0], count, drafts)
         else:

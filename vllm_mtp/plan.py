@@ -201,6 +201,6 @@ class Planner:
             stood, new = getattr(kept.sequences, each.name), getattr(planned.sequences, each.name)
             if isinstance(stood, torch.Tensor):
                 tensors[each.name] = stood
-                if stood.data_ptr() != new.data_ptr():  # the engine's own tables stand where they stood
+                if not stood.is_set_to(new):  # the engine's own tables stand where they stood
                     stood.copy_(new)
         return PlannedStep(kept.groups, kept.positions, replace(planned.sequences, **tensors), None)

@@ -16,6 +16,7 @@ from vllm_mtp.causal_lm import UnsupportedModel, check_layers
 from vllm_mtp.config import AdapterConfig, RequestOptions, ServingOptions
 from vllm_mtp.foreign import FULL, NOISE, check_foreign, kind_of, longest_group, read_served
 from vllm_mtp.layout import group_lengths
+from vllm_mtp.roofline import Roofline
 from vllm_mtp.safe_files import one_line
 
 PROPOSER = "vllm_mtp.runner.v1.MaskTokenProposer"
@@ -280,7 +281,7 @@ def runs_on_v2() -> bool:
     return bool(HAS_TRITON)
 
 
-def for_v2_runner(config: Any, options: ServingOptions, max_requests: int | None, max_rows: int | None) -> Any:
+def for_v2_runner(config: Any, options: ServingOptions, model: Any, max_requests: int | None, max_rows: int | None) -> Any:
     """The configuration that `as_custom_class` gave, in the form that the V2 runner and asynchronous scheduling know: `mtp`.
 
     Only the name: there is no draft model and no draft KV cache (`MaskTokenSpeculativeConfig.use_eagle`).
@@ -288,6 +289,7 @@ def for_v2_runner(config: Any, options: ServingOptions, max_requests: int | None
     Args:
         config: vLLM's speculative configuration.
         options: ours.
+        model: the target's text configuration.
         max_requests, max_rows: max_num_seqs and max_num_batched_tokens, None where the operator leaves them to vLLM; under `auto`
             they say how many drafts the scheduler asks for, by the number of requests.
     """
@@ -301,7 +303,9 @@ def for_v2_runner(config: Any, options: ServingOptions, max_requests: int | None
         max_requests, max_rows = max_requests or USUAL_REQUESTS, max_rows or USUAL_ROWS
         budget = load.mask_row_budget(options.max_mask_rows, max_rows, on_cpu=current_platform.is_cpu())
         layouts = load.fitting_layouts(options.num_speculative_tokens, max_rows, budget)
-        config.num_speculative_tokens_per_batch_size = load.drafts_by_batch_size(layouts, max_requests, max_rows, budget)
+        config.num_speculative_tokens_per_batch_size = load.drafts_by_batch_size(
+            layouts, max_requests, max_rows, budget, Roofline.of(model)
+        )
     config.hook()
     return config
 

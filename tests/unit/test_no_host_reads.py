@@ -10,9 +10,10 @@ from vllm_mtp.confidence import NONE, DraftedRequests
 from vllm_mtp.device_counters import CountersOnDevice
 from vllm_mtp.drafter import Drafter, Unembedding
 from vllm_mtp.layout import group_lengths, plan_groups, shapes_of
-from vllm_mtp.load import widest_comb
+from vllm_mtp.load import best_comb
 from vllm_mtp.mask_attention import ForkedSequences, StepSequences, _scratch_blocks
 from vllm_mtp.plan import EngineStep, Planner
+from vllm_mtp.roofline import Roofline
 from vllm_mtp.sampler_head import SamplerHead
 
 K, WIDTH, VOCABULARY, BLOCK = 4, 16, 40, 16
@@ -112,7 +113,8 @@ def test_acceptance_by_confidence(fake: FakeTensorMode) -> None:
 
 def test_the_layout_of_a_batch_follows_from_its_size() -> None:
     layouts = [group_lengths(layout, K) for layout in ((0,) * 5, (1, 1, 0, 0, 0), "quadratic")]
-    assert widest_comb(layouts, 1, 100, 100) == layouts[2]
-    assert widest_comb(layouts, 5, 100, 100) == layouts[1]  # 5 requests of 5 + 20 rows are too many
-    assert widest_comb(layouts, 5, 1000, 50) == layouts[1]
-    assert widest_comb(layouts, 100, 100, 100) == layouts[0]
+    free = Roofline(free_rows=1e9)
+    assert best_comb(layouts, 1, 100, 100, free) == layouts[2]
+    assert best_comb(layouts, 5, 100, 100, free) == layouts[1]  # 5 requests of 5 + 20 rows are too many
+    assert best_comb(layouts, 5, 1000, 50, free) == layouts[1]
+    assert best_comb(layouts, 100, 100, 100, free) == layouts[0]

@@ -18,6 +18,7 @@ from vllm_mtp.adapter import read_config
 from vllm_mtp.config import ServingOptions
 from vllm_mtp.foreign import longest_group
 from vllm_mtp.load import drafts_by_batch_size, fitting_layouts
+from vllm_mtp.roofline import Roofline
 from vllm_mtp.safe_files import AdapterError
 from vllm_mtp.selection import LOOKED_UP, ConfigurationError, _check_servable, asked_for, resolve, runs_on_v2, scheduled_rows
 from vllm_mtp.v2_config import MaskTokenSpeculativeConfig
@@ -82,8 +83,18 @@ def test_a_vllm_that_chooses_the_runner_by_model_must_be_told(monkeypatch: pytes
 
 def test_the_scheduler_asks_for_fewer_drafts_as_the_batch_grows() -> None:
     # A comb of 4 takes 5 + 20 rows a request, one of 2 takes 3 + 6, one of 1 takes 2 + 2.
-    assert drafts_by_batch_size(fitting_layouts(4, 100, 100), 40, 100, 100) == [(1, 4, 4), (5, 11, 2), (12, 25, 1), (26, 40, 0)]
-    assert drafts_by_batch_size(fitting_layouts(4, 1000, 24), 6, 1000, 24) == [(1, 1, 4), (2, 4, 2), (5, 6, 1)]
+    free = Roofline(free_rows=1e9)
+    assert drafts_by_batch_size(fitting_layouts(4, 100, 100), 40, 100, 100, free) == [
+        (1, 4, 4),
+        (5, 11, 2),
+        (12, 25, 1),
+        (26, 40, 0),
+    ]
+    assert drafts_by_batch_size(fitting_layouts(4, 1000, 24), 6, 1000, 24, free) == [(1, 1, 4), (2, 4, 2), (5, 6, 1)]
+    # Where rows are not free, what they cost comes before what there is room for.
+    ranges = drafts_by_batch_size(fitting_layouts(8, 8192, 8192), 256, 8192, 8192, Roofline())
+    assert [drafts for _, _, drafts in ranges] == [8, 4, 2, 1, 0]
+    assert ranges[-1][0] < 100
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ fixes every shape; lengths and block tables, which it may not know yet under asy
 A decode step that vLLM replays as a CUDA graph is planned into the tensors that the capture read.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vllm_mtp.config import RequestOptions
 from vllm_mtp.device_counters import CountersOnDevice
 from vllm_mtp.layout import Groups, shapes_of
 from vllm_mtp.plan import EngineStep, PlannedStep
+from vllm_mtp.roofline import Roofline
 from vllm_mtp.target import MaskTokenTarget
 
 
@@ -57,6 +59,13 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
         self.model = (
             torch.nn.Module()
         )  # a draft model's modules are prepared for communication, in vLLM 0.26 whether there is one or not
+        roofline = Roofline.of(vllm_config.model_config.hf_text_config)
+
+        @cache
+        def layout_of(num_requests: int) -> tuple[int, ...]:
+            return load.best_comb(self.layouts, num_requests, self.max_rows, self.max_mask_rows, roofline)
+
+        self.layout_of = layout_of
         self.drafts = torch.zeros(self.max_requests, self.k, dtype=torch.int64, device=device)
         self.planned: PlannedStep | None = None
 
@@ -126,7 +135,7 @@ class MaskTokenSpeculator(MaskTokenTarget, BaseSpeculator):
     def _lengths(self, num_requests: int) -> tuple[int, ...]:
         if len(self.layouts) == 1:
             return self.layouts[0]
-        return load.widest_comb(self.layouts, num_requests, self.max_rows, self.max_mask_rows)
+        return self.layout_of(num_requests)
 
     def _plan(self, batch: InputBatch, block_table: torch.Tensor, replayed: bool, capture: bool) -> PlannedStep | None:
         """The plan of the step that vLLM is about to run, None where it has no mask rows.
