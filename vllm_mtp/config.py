@@ -76,6 +76,7 @@ Layout = (
 """A list gives the length of the group behind row 0, 1, .. of a request; entry j is used when exactly j drafts were accepted."""
 
 
+MaskWindow = Annotated[int, Field(ge=MAX_MASK_TOKENS)]
 DraftSampleMethod = Literal["greedy", "probabilistic"]
 """vLLM's own name and values (config/speculative.py, SpeculativeConfig.draft_sample_method)."""
 
@@ -93,6 +94,7 @@ class ServingDefaults(StrictModel, strict=True):
     layout: Layout | None = None
     candidates: Annotated[int, Field(ge=1)] | None = None
     draft_sample_method: DraftSampleMethod | None = None
+    mask_window: MaskWindow | None = None
 
 
 class ServingOptions(StrictModel, strict=True):
@@ -127,6 +129,11 @@ class ServingOptions(StrictModel, strict=True):
     max_mask_rows: Annotated[int, Field(ge=1)] | None = None
     """Most mask rows of a step, however many requests it has; those beyond go without drafts. None: on a CPU as many as
     --max-num-batched-tokens leaves, on an accelerator `load.MASK_ROWS_OF_AN_ACCELERATOR`."""
+
+    mask_window: MaskWindow | None = None
+    """Mask tokens look no further back than so many tokens, themselves included, and at the request's first four; the base's own
+    rows see all. They then cost no more at a long context than at a short one, and stay within the lengths that the adapter learned
+    from. It changes drafts, not what is accepted. Needs a kernel of this package (`kernels`). None: they see all."""
 
     kernels: Kernels = "auto"
     """auto: this package's kernels where there are some for the device, Triton's on CUDA GPUs and C++ on CPUs; which of them run

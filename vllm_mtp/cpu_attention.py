@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm_mtp.config import MAX_MASK_TOKENS
 from vllm_mtp.kernels import cpu
 from vllm_mtp.layout import Groups
+from vllm_mtp.mask_attention import view
 from vllm_mtp.plan import EngineStep
 
 logger = init_logger("vllm.mtp")
@@ -76,7 +77,9 @@ class _Layer:
     def __init__(self, attention: "CpuCombAttention", layer: Any) -> None:
         impl = layer.impl
         self.attention, self.layer, self.write, self.attend = attention, layer, impl.do_kv_cache_update, impl.forward
-        self.options = impl.scale, max(impl.sliding_window, 0), float(impl.logits_soft_cap)
+        window = max(impl.sliding_window, 0)
+        self.options = impl.scale, window, float(impl.logits_soft_cap)
+        self.view = view(window, attention.mask_window)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
@@ -104,7 +107,7 @@ class _Layer:
             self.attend(layer, query, key, value, kv_cache, metadata, output=output)
         if real is not None or self.attention.step is not None:
             self.attention.kernel(
-                output, query, key, value, kv_cache, table, *groups, num_real, *self.options, *(real or (None, None))
+                output, query, key, value, kv_cache, table, *groups, num_real, *self.options, *(real or (None, None)), *self.view
             )
         return output
 
@@ -135,13 +138,15 @@ class CpuCombAttention:
 
     Args:
         in_our_graph: whether the graph that is being traced is ours.
+        mask_window: as `ServingOptions` has it.
 
     Raises:
         NotBuilt: the kernels cannot be built here.
     """
 
-    def __init__(self, in_our_graph: Callable[[], bool]) -> None:
+    def __init__(self, in_our_graph: Callable[[], bool], mask_window: int | None = None) -> None:
         cpu.load()
+        self.mask_window = mask_window
         self.kernel = torch.ops.vllm_mtp.comb_attention_cpu_.default
         self.in_our_graph = in_our_graph
         self.step: _Plan | None = None

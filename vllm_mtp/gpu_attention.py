@@ -11,6 +11,7 @@ import torch
 
 from vllm_mtp.kernels.comb_attention import MAX_HEAD_SIZE, CombLayout, comb_attention_
 from vllm_mtp.layout import Groups
+from vllm_mtp.mask_attention import view
 from vllm_mtp.plan import EngineStep
 
 BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
@@ -70,9 +71,13 @@ class CombRows:
 class GpuCombAttention:
     """Runs the mask rows of every attention layer in `comb_attention_`: all groups of a request read its cache together, their own
     K/V never enter it, and so there are no scratch blocks and no copies. A `MaskAttention`.
+
+    Args:
+        mask_window: as `ServingOptions` has it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mask_window: int | None = None) -> None:
+        self.mask_window = mask_window
         self.step: CombRows | None = None
 
     @staticmethod
@@ -106,7 +111,8 @@ class GpuCombAttention:
     def wrap(self, layer: Any) -> None:
         impl = layer.impl
         attend, write, size = impl.forward, impl.do_kv_cache_update, layer.head_size
-        scale, window, softcap = impl.scale, layer.sliding_window or 0, float(impl.logits_soft_cap or 0)
+        scale, softcap = impl.scale, float(impl.logits_soft_cap or 0)
+        window, kept = view(layer.sliding_window or 0, self.mask_window)
         sinks = getattr(impl, "sinks", None)
         fp8 = layer.kv_cache_dtype in FP8
 
@@ -139,7 +145,7 @@ class GpuCombAttention:
             keys, values = kv_cache.transpose(1, 2).split(size, dim=-1)
             comb_attention_(
                 output[n:], masks, key[n:], value[n:], keys, values, rows.block_table, rows.layout, scale, window, softcap, sinks,
-                k_scale=layer._k_scale if fp8 else None, v_scale=layer._v_scale if fp8 else None,
+                k_scale=layer._k_scale if fp8 else None, v_scale=layer._v_scale if fp8 else None, kept=kept,
             )  # fmt: skip
             return output
 

@@ -41,7 +41,7 @@ class KernelChoice:
     Args:
         model: loaded.
         rows: where real rows end.
-        wanted: whether our own kernels may run (`ServingOptions.kernels`).
+        options: the operator's, of which `kernels` and `mask_window` count.
 
     Attributes:
         layers: vLLM's attention layers of the model.
@@ -52,10 +52,11 @@ class KernelChoice:
         ValueError: the attention backend does not support mask rows.
     """
 
-    def __init__(self, model: torch.nn.Module, rows: gated_lora.RowSplit, *, wanted: bool) -> None:
+    def __init__(self, model: torch.nn.Module, rows: gated_lora.RowSplit, options: ServingOptions) -> None:
         from vllm.model_executor.layers.attention import Attention
 
-        self.model, self.rows = model, rows
+        self.model, self.rows, self.mask_window = model, rows, options.mask_window
+        wanted = options.kernels != "torch"
         self.layers: list[Any] = [module for module in model.modules() if isinstance(module, Attention)]
         backends = {layer.get_attn_backend() for layer in self.layers}
         for backend in backends:
@@ -99,7 +100,8 @@ class KernelChoice:
         shapes = {
             (sum(each.output_partition_sizes), getattr(each, "input_size_per_partition", each.input_size)) for each in linears
         }
-        kinds = {kernel_trial.Heads.of(layer) for layer in self.layers if gpu_attention.why_not(layer, self.dtype) is None}
+        served = [layer for layer in self.layers if gpu_attention.why_not(layer, self.dtype) is None]
+        kinds = {kernel_trial.Heads.of(layer, self.mask_window) for layer in served}
         rank = min(MAX_RANK, max((each.a.shape[0] for each in lora.values()), default=1))
         try:
             kernel_trial.try_linears(shapes if lora else (), rank, max_rows, self.dtype, device)
@@ -131,15 +133,21 @@ class KernelChoice:
             block_size: of the cache.
             replayed: whether steps may be replayed as graphs, which read the plan where their capture stood; the kernel for CPUs
                 does not keep it there.
+
+        Raises:
+            ValueError: mask rows are to have a window, and no kernel of ours serves them.
         """
         attention: MaskAttention = ForkedSequences(build_metadata)
         why_not = None
         if self.triton:
             why_not = next(filter(None, (gpu_attention.why_not(layer, self.dtype) for layer in self.layers)), None)
             if why_not is None:
-                attention = GpuCombAttention()
+                attention = GpuCombAttention(self.mask_window)
         elif self.native and not replayed and all(cpu_attention.supports(each, self.dtype, block_size) for each in self.layers):
-            attention = CpuCombAttention(in_our_graph)
+            attention = CpuCombAttention(in_our_graph, self.mask_window)
+        if self.mask_window is not None and isinstance(attention, ForkedSequences):
+            reason = why_not or "there is none for this server"
+            raise ValueError(f"mask_window needs a kernel of ours for the attention of mask rows, and {reason}: leave it out")
         for layer in self.layers:
             attention.wrap(layer)
         logger.info(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout, comb_attention_, comb_attention_reference
 from vllm_mtp.kernels.gated_lora import FUSED_MAX_ROWS, LowRankSlices, gated_lora, gated_lora_, gated_lora_reference
+from vllm_mtp.mask_attention import view
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest error beside the largest value that is expected."""
@@ -61,19 +62,20 @@ class Heads:
     kv_heads: int
     size: int
     window: int
+    kept: int
     softcap: float
     sinks: bool
     fp8: bool
 
     @classmethod
-    def of(cls, layer: Any) -> "Heads":
-        """Those of a layer."""
+    def of(cls, layer: Any, mask_window: int | None) -> "Heads":
+        """Those of a layer, under a window of mask rows."""
         impl = layer.impl
         return cls(
             layer.num_heads,
             layer.num_kv_heads,
             layer.head_size,
-            layer.sliding_window or 0,
+            *view(layer.sliding_window or 0, mask_window),
             float(impl.logits_soft_cap or 0),
             getattr(impl, "sinks", None) is not None,
             layer.kv_cache_dtype.startswith("fp8"),
@@ -122,7 +124,7 @@ def _combs(
         rows = 2 * groups * length
         q, k, v = normal(rows, kind.heads + 2 * kind.kv_heads, kind.size).to(dtype).split([kind.heads, *[kind.kv_heads] * 2], 1)
         sinks = normal(kind.heads).to(dtype) if kind.sinks else None
-        given = q, k, v, keys, values, table, layout, kind.size**-0.5, kind.window, kind.softcap, sinks, scale, scale
+        given = q, k, v, keys, values, table, layout, kind.size**-0.5, kind.window, kind.softcap, sinks, scale, scale, kind.kept
         yield CombInputs(*given)
 
 

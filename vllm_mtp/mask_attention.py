@@ -21,6 +21,23 @@ if TYPE_CHECKING:
     from vllm_mtp.plan import EngineStep
 
 
+KEPT = 4
+"""First tokens of a request that mask rows see whatever their window, for large models put there what they attend to when there is
+nothing to attend to (Xiao et al. 2023, *Efficient Streaming Language Models with Attention Sinks*, section 3.1)."""
+
+
+def view(window: int, mask_window: int | None) -> tuple[int, int]:
+    """What mask rows see in a layer: the last so many tokens, 0 for all, and so many first ones.
+
+    Args:
+        window: of the layer, 0 for all.
+        mask_window: `ServingOptions.mask_window`.
+    """
+    if mask_window is None or 0 < window <= mask_window:
+        return window, 0
+    return mask_window, KEPT
+
+
 class MaskAttention(Protocol):
     """A way to run the attention of mask rows in every layer."""
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_mtp.adapter import Adapter, LoRAWeights, check_base, read_adapter
 from vllm_mtp.causal_lm import attend_as_defined, unembedding
+from vllm_mtp.mask_attention import KEPT
 
 
 class ReferenceModel:
@@ -23,23 +24,28 @@ class ReferenceModel:
     Args:
         base: a causal LM of transformers; nothing is changed but how it computes attention, where that would leave something out.
         adapter: None: plain decoding only.
+        mask_window: as `ServingOptions` has it; for a base without windows of its own.
     """
 
-    def __init__(self, base: Any, adapter: Adapter | None = None) -> None:
+    def __init__(self, base: Any, adapter: Adapter | None = None, mask_window: int | None = None) -> None:
         attend_as_defined(base)
-        self.base, self.adapter = base.eval(), adapter
+        self.base, self.adapter, self.mask_window = base.eval(), adapter, mask_window
         self.embed, self.unembed = base.get_input_embeddings(), unembedding(base)
         self.sampler = adapter.sampler.to(base.device, base.dtype) if adapter and adapter.sampler else None
 
     @classmethod
     def from_folder(
-        cls, base: str | Path, adapter: str | Path | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        base: str | Path,
+        adapter: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        mask_window: int | None = None,
     ) -> "ReferenceModel":
         """From a model folder and an adapter folder; AdapterError where they do not belong together."""
         loaded = read_adapter(adapter) if adapter is not None else None
         if loaded is not None:
             check_base(loaded.config, base)
-        return cls(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), loaded)
+        return cls(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), loaded, mask_window)
 
     @torch.no_grad()
     def real_states(self, ids: list[int]) -> torch.Tensor:
@@ -53,8 +59,20 @@ class ReferenceModel:
         masks = adapter.embeddings(self.embed, k, self.base.device).to(self.base.dtype)
         real = self.embed(torch.tensor(prefix_ids, device=self.base.device))
         with self._gated_lora(adapter, len(prefix_ids)):
-            rows = torch.cat([real, masks])[None]
-            return self.base.get_decoder()(inputs_embeds=rows, use_cache=False).last_hidden_state[0, len(prefix_ids) :]
+            rows, seen = torch.cat([real, masks])[None], self._seen(len(prefix_ids), k)
+            found = self.base.get_decoder()(inputs_embeds=rows, attention_mask=seen, use_cache=False)
+            return found.last_hidden_state[0, len(prefix_ids) :]
+
+    def _seen(self, prefix: int, k: int) -> torch.Tensor | None:
+        """What is added to the scores of prefix and mask tokens, [1, 1, prefix + k, prefix + k]; None: causal attention."""
+        if self.mask_window is None:
+            return None
+        ahead = torch.arange(prefix + k)[:, None] - torch.arange(prefix + k)
+        seen = ahead >= 0
+        first = torch.arange(prefix + k) < min(KEPT, prefix)
+        seen[prefix:] &= (ahead[prefix:] < self.mask_window) | first
+        hidden = torch.zeros(seen.shape, dtype=self.base.dtype).masked_fill(~seen, torch.finfo(self.base.dtype).min)
+        return hidden[None, None].to(self.base.device)
 
     def drafts(self, ids: list[int], k: int) -> list[int]:
         """The k drafts after `ids`, whose last token y_0 was sampled by the row before it.

@@ -106,7 +106,7 @@ class MaskTokenTarget:
         dtype, device = cast(torch.dtype, self.config.model_config.dtype), next(model.parameters()).device
         rows = gated_lora.RowSplit(self.max_rows, device, dtype)
         block_size = self.config.cache_config.block_size
-        kernels = KernelChoice(model, rows, wanted=self.options.kernels != "torch")
+        kernels = KernelChoice(model, rows, self.options)
         kernels.try_out(adapter.lora, self.longest_group, self.max_model_len, block_size)
         try:
             gated_lora.install(model, dict(adapter.lora), rows, kernels.with_lora)

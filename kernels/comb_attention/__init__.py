@@ -33,6 +33,7 @@ def comb_attention_(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    kept: int = 0,
 ) -> torch.Tensor:
     """Attention of mask rows, written into `out`.
 
@@ -55,6 +56,8 @@ def comb_attention_(
         sinks: a logit per head that takes part in the softmax and has no value, [H], or None.
         k_scale: factor of cached keys, one float32 on the device, or None for 1.
         v_scale: factor of cached values, likewise.
+        kept: first cached tokens of a request that its rows see whatever the window; below 32. Large models lean on them (Xiao et
+            al. 2023, *Efficient Streaming Language Models with Attention Sinks*).
 
     Returns:
         out.
@@ -72,9 +75,9 @@ def comb_attention_(
     """
     key_cache, value_cache = _floats(key_cache), _floats(value_cache)
     CombInputs(
-        q, k, v, key_cache, value_cache, block_table, layout, scale, window, softcap, sinks, k_scale, v_scale
+        q, k, v, key_cache, value_cache, block_table, layout, scale, window, softcap, sinks, k_scale, v_scale, kept
     ).check(out)  # fmt: skip
-    options = (scale, window, softcap, sinks, k_scale, v_scale)
+    options = (scale, window, softcap, sinks, k_scale, v_scale, kept)
     groups = (layout.prefix_len, layout.group_start, layout.group_of_row, layout.row_start, layout.max_rows)
     torch.ops.vllm_mtp.comb_attention_(out, q, k, v, key_cache, value_cache, block_table, *groups, *options)
     return out
@@ -106,7 +109,7 @@ _library = torch.library.Library("vllm_mtp", "FRAGMENT")
 _library.define(
     "comb_attention_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor value_cache, Tensor block_table, "
     "Tensor prefix_len, Tensor group_start, Tensor group_of_row, Tensor row_start, int max_rows, float scale, int window, "
-    "float softcap, Tensor? sinks, Tensor? k_scale, Tensor? v_scale) -> ()"
+    "float softcap, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, int kept) -> ()"
 )
 _library.impl("comb_attention_", _comb_attention_, "CompositeExplicitAutograd")
 _library._register_fake("comb_attention_", _comb_attention_fake_)

@@ -8,6 +8,7 @@ import torch
 from .layout import CombLayout
 
 MAX_HEAD_SIZE = 256
+MOST_KEPT = 32  # tokens, the fewest of a tile of keys
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class CombInputs:
     sinks: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    kept: int = 0
 
     def arguments(self) -> tuple[Any, ...]:
         """The same in the order of `comb_attention_`."""
@@ -52,5 +54,7 @@ class CombInputs:
         requests = self.layout.row_start.shape[0] - 1
         if requests != self.block_table.shape[0]:
             raise ValueError(f"{requests} requests in the layout, {self.block_table.shape[0]} in the block table")
+        if not 0 <= self.kept < MOST_KEPT:
+            raise ValueError(f"{self.kept} tokens cannot be kept in view: 0 to {MOST_KEPT - 1} can")
         if sinks is not None and sinks.shape != (q.shape[1],):
             raise ValueError(f"sinks {tuple(sinks.shape)} must be [{q.shape[1]}]")

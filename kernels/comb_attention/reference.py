@@ -36,7 +36,9 @@ def comb_attention_reference(inputs: CombInputs) -> torch.Tensor:
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         ahead = torch.arange(length, length + end - first, device=q.device)[:, None] - torch.arange(len(keys), device=q.device)
-        seen = (ahead >= 0) & (ahead < window if window else True)
+        seen = ahead >= 0
+        if window:
+            seen &= (ahead < window) | (torch.arange(len(keys), device=q.device) < min(inputs.kept, length))
         scores = scores.masked_fill(~seen, -torch.inf)
         if inputs.sinks is not None:  # a logit that takes part in the sum and has no value
             scores = torch.cat([scores, inputs.sinks.to(dtype)[:, None, None].expand(-1, end - first, 1)], 2)

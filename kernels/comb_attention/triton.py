@@ -72,7 +72,7 @@ def _score(q, k, factor, softcap, CAPPED: tl.constexpr, BQ: tl.constexpr, BN: tl
 
 @triton.jit
 def _cached_keys(
-    acc, top, total, q, factor, softcap, prefix, position, tile_0, tile_1, max_prefix, window,
+    acc, top, total, q, factor, softcap, prefix, position, tile_0, tile_1, max_prefix, window, kept,
     key_ptr, value_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, d, inside_d,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,7 +88,7 @@ def _cached_keys(
         if MASKED:
             seen = at[None, :] < prefix[:, None]
             if WINDOW:
-                seen = seen & (position[:, None] - at[None, :] < window)
+                seen = seen & ((position[:, None] - at[None, :] < window) | (at < kept)[None, :])
             scores = tl.where(seen, scores, float("-inf"))
         # A weight of 0 does not silence a NaN, so values of unwritten slots must not be read at all.
         v = tl.load(value_ptr + (block * stride_vb + (at % BLOCK) * stride_vt)[:, None] + d[None, :], mask=inside, other=0.0)
@@ -97,11 +97,11 @@ def _cached_keys(
 
 
 # What changes from step to step is no part of what is compiled: the first step of 16 rows shall not wait for a compiler.
-@triton.jit(do_not_specialize=["num_rows", "q_tiles", "splits", "stride_os"])
+@triton.jit(do_not_specialize=["kept", "num_rows", "q_tiles", "splits", "stride_os"])
 def comb_attention_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, table_ptr,
     prefix_ptr, group_start_ptr, group_ptr, row_start_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr,
-    scale, softcap, window, num_rows, heads, q_tiles, splits,
+    scale, softcap, window, kept, num_rows, heads, q_tiles, splits,
     stride_os, stride_o, stride_oh, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_table,
     stride_kb, stride_kt, stride_kch, stride_vb, stride_vt, stride_vch,
     SPLIT: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr,
@@ -109,8 +109,9 @@ def comb_attention_kernel(
 ):  # fmt: skip
     """out[i] = sum_n softmax_n(scale q[i] K[n]) V[n], n over the cached tokens before L and the rows of i's group up to i
 
-    with L the prefix length of i's group; window, soft cap, sink and fp8 scales where given. A program owns up to BQ queries of one
-    request and KV head, whatever groups they belong to, and one split of the context; split 0 attends the groups' own keys as well.
+    with L the prefix length of i's group; window, first tokens kept in view, soft cap, sink and fp8 scales where given. A program
+    owns up to BQ queries of one request and KV head, whatever groups they belong to, and one split of the context; split 0 attends
+    the groups' own keys as well, and the tokens that are kept in view.
     With SPLIT, out is the partial result [splits, M, H, D] and lse [splits, M, H] its base-2 log of summed weights; -inf, and no
     partial result, for a row that sees none of the split's keys.
     """
@@ -175,14 +176,22 @@ def comb_attention_kernel(
     key_ptr += kv_head.to(tl.int64) * stride_kch
     value_ptr += kv_head.to(tl.int64) * stride_vch
     table_ptr += request * stride_table
-    if not WINDOW:
+    if WINDOW:
+        # The tokens that are kept in view, where the window does not begin in their tile.
+        kept_end = tl.where((split == 0) & (kept > 0) & (first_tile > 0), 1, 0)
         acc, top, total = _cached_keys(
-            acc, top, total, q, factor, softcap, prefix, position, tile_0, full_end, max_prefix, window,
+            acc, top, total, q, factor, softcap, prefix, position, 0, kept_end, max_prefix, window, kept,
+            key_ptr, value_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, d, inside_d,
+            True, WINDOW, CAPPED, BLOCK, BQ, BN, PRECISION,
+        )  # fmt: skip
+    else:
+        acc, top, total = _cached_keys(
+            acc, top, total, q, factor, softcap, prefix, position, tile_0, full_end, max_prefix, window, kept,
             key_ptr, value_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, d, inside_d,
             False, WINDOW, CAPPED, BLOCK, BQ, BN, PRECISION,
         )  # fmt: skip
     acc, top, total = _cached_keys(
-        acc, top, total, q, factor, softcap, prefix, position, full_end, tile_1, max_prefix, window,
+        acc, top, total, q, factor, softcap, prefix, position, full_end, tile_1, max_prefix, window, kept,
         key_ptr, value_ptr, table_ptr, stride_kb, stride_kt, stride_vb, stride_vt, d, inside_d,
         True, WINDOW, CAPPED, BLOCK, BQ, BN, PRECISION,
     )  # fmt: skip
@@ -264,7 +273,7 @@ def launch(out: torch.Tensor, inputs: CombInputs, config: Config | None = None) 
     comb_attention_kernel[(q_tiles * splits, kv_heads, requests)](
         target, lse, q, k, v, key_cache, value_cache, block_table,
         layout.prefix_len, layout.group_start, layout.group_of_row, layout.row_start, sinks, inputs.k_scale, inputs.v_scale,
-        inputs.scale, inputs.softcap, inputs.window, rows, heads, q_tiles, splits,
+        inputs.scale, inputs.softcap, inputs.window, inputs.kept, rows, heads, q_tiles, splits,
         target.stride(0), target.stride(1), target.stride(2), q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), block_table.stride(0),
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),

@@ -13,8 +13,9 @@ namespace vllm_mtp {
 namespace {
 
 struct Sizes {
-  int64_t heads, kv_heads, head_size, block, window;
+  int64_t heads, kv_heads, head_size, block;
   float scale, softcap;
+  int64_t window, mask_window, kept;  // keys that a real row sees, and a mask row; 0: all. Mask rows see the first `kept` in any case
 };
 
 // What the rows of a request see of the cache.
@@ -22,6 +23,11 @@ struct Seen {
   int64_t row;     // in q and out
   int64_t prefix;  // the cached tokens before this one
   int64_t position;
+  int64_t window;
+  int64_t kept;
+
+  // The first token in the window.
+  int64_t from() const { return window ? std::max<int64_t>(0, position + 1 - window) : 0; }
 };
 
 // The rows of one request at the heads that share one KV head: first its real rows, if they are to be served, then its mask rows.
@@ -67,11 +73,11 @@ struct Work {
     rows.clear();
     for (int64_t row = real; row < real_end; ++row) {
       const int64_t prefix = tokens - (real_end - 1 - row);
-      rows.push_back({row, prefix, prefix - 1});
+      rows.push_back({row, prefix, prefix - 1, sizes.window, 0});
     }
     for (int64_t m = first; m < end; ++m) {
       const int64_t group = group_of_row[m], prefix = prefix_len[group];
-      rows.push_back({first_mask + m, prefix, prefix + m - group_start[group]});
+      rows.push_back({first_mask + m, prefix, prefix + m - group_start[group], sizes.mask_window, sizes.mask_window ? sizes.kept : 0});
     }
   }
 
@@ -79,31 +85,36 @@ struct Work {
     const int64_t D = sizes.head_size, shared = sizes.heads / sizes.kv_heads, count = rows.size() * shared;
     query.resize(count * D), sums.assign(count * D, 0.f), highest.assign(count, -INFINITY), total.assign(count, 0.f);
     scores.resize(count * sizes.block);
-    int64_t longest = 0, lowest = INT64_MAX;
+    int64_t longest = 0, first = INT64_MAX, first_of_masks = INT64_MAX, kept = 0, real = 0;
     for (size_t i = 0; i < rows.size(); ++i) {
-      longest = std::max(longest, rows[i].prefix), lowest = std::min(lowest, rows[i].position);
+      longest = std::max(longest, rows[i].prefix), first = std::min(first, rows[i].from()), kept = std::max(kept, rows[i].kept);
+      if (rows[i].row < first_mask) real += shared;
+      else first_of_masks = std::min(first_of_masks, rows[i].from());
       for (int64_t g = 0; g < shared; ++g) {
         const T* from = q.const_data_ptr<T>() + rows[i].row * q.stride(0) + (kv_head * shared + g) * D;
         for (int64_t d = 0; d < D; ++d) query[(i * shared + g) * D + d] = sizes.scale * static_cast<float>(from[d]);
       }
     }
-    int64_t begin = sizes.window ? std::max<int64_t>(0, lowest + 1 - sizes.window) / sizes.block * sizes.block : 0;
-    for (; begin < longest; begin += sizes.block) {
+    for (int64_t begin = 0; begin < longest; begin += sizes.block) {
+      if (begin + sizes.block <= first && begin >= kept) continue;
+      // Real rows come first, and may see what no mask row does.
+      const int64_t seeing = begin + sizes.block <= first_of_masks && begin >= kept ? real : count;
       const int64_t tokens = std::min(sizes.block, longest - begin), padded = (tokens + kLanes - 1) / kLanes * kLanes;
       const T* keys = cache + table[begin / sizes.block] * block_stride + kv_head * head_stride;
-      std::fill_n(scores.data(), count * sizes.block, 0.f);
-      rows_times(query.data(), D, keys, sizes.block, count, D, padded, scores.data(), sizes.block);
-      for (int64_t r = 0; r < count; ++r) {
+      std::fill_n(scores.data(), seeing * sizes.block, 0.f);
+      rows_times(query.data(), D, keys, sizes.block, seeing, D, padded, scores.data(), sizes.block);
+      for (int64_t r = 0; r < seeing; ++r) {
         const Seen& of = rows[r / shared];
         float* score = scores.data() + r * sizes.block;
         const int64_t seen = std::clamp<int64_t>(of.prefix - begin, 0, padded);
         std::fill(score + seen, score + padded, -INFINITY);
         if (sizes.softcap)
           for (int64_t t = 0; t < seen; ++t) score[t] = capped(score[t]);
-        if (sizes.window) std::fill_n(score, std::clamp<int64_t>(of.position + 1 - sizes.window - begin, 0, padded), -INFINITY);
+        const int64_t hidden = std::clamp<int64_t>(of.kept - begin, 0, padded), in_window = std::clamp<int64_t>(of.from() - begin, 0, padded);
+        if (hidden < in_window) std::fill(score + hidden, score + in_window, -INFINITY);
         soften(r, score, padded);
       }
-      rows_times(scores.data(), sizes.block, keys + D * sizes.block, D, count, tokens, D, sums.data(), D);
+      rows_times(scores.data(), sizes.block, keys + D * sizes.block, D, seeing, tokens, D, sums.data(), D);
     }
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = rows[r / shared].row;
@@ -118,7 +129,7 @@ struct Work {
     const int64_t padded = (length + kLanes - 1) / kLanes * kLanes;
     scores.resize(std::max<int64_t>(scores.size(), padded));
     std::fill_n(scores.data(), padded, -INFINITY);
-    for (int64_t j = sizes.window ? std::max<int64_t>(0, length - sizes.window) : 0; j < length; ++j) {
+    for (int64_t j = sizes.mask_window ? std::max<int64_t>(0, length - sizes.mask_window) : 0; j < length; ++j) {
       const T* key = k.const_data_ptr<T>() + (first_mask + start + j) * k.stride(0) + kv_head * D;
       Vec products = {};
       for (int64_t d = 0; d < D; d += kLanes) products += load(query.data() + r * D + d) * load(key + d);
@@ -175,13 +186,18 @@ void attend(
 //
 // With `tokens` [R] it writes the real rows too, rows real_start[r] to real_start[r + 1] for request r: they are the last of its
 // `tokens`, all of which are in the cache, and each sees those up to itself.
+//
+// Real rows see the last `window` tokens, themselves included, mask rows the last `mask_window` (left out: as real rows) and the first
+// `kept`; 0: all.
 void comb_attention_cpu_(
     at::Tensor& out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cache,
     const at::Tensor& block_table, const at::Tensor& prefix_len, const at::Tensor& group_start, const at::Tensor& group_of_row,
     const at::Tensor& row_start, int64_t first_mask, double scale, int64_t window, double softcap,
-    const std::optional<at::Tensor>& real_start, const std::optional<at::Tensor>& tokens) {
+    const std::optional<at::Tensor>& real_start, const std::optional<at::Tensor>& tokens, std::optional<int64_t> mask_window, int64_t kept) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && out.dim() == 3 && cache.dim() == 4, "wrong number of dimensions");
-  const Sizes sizes{q.size(1), k.size(1), q.size(2), cache.size(2), window, static_cast<float>(scale), static_cast<float>(softcap)};
+  const Sizes sizes{
+      q.size(1), k.size(1), q.size(2), cache.size(2), static_cast<float>(scale), static_cast<float>(softcap),
+      window, mask_window.value_or(window), mask_window.has_value() ? kept : 0};
   const int64_t D = sizes.head_size;
   for (const auto& t : {q, k, v, at::Tensor(out)}) TORCH_CHECK(t.stride(2) == 1 && t.stride(1) == D && t.size(2) == D, "heads must be contiguous");
   TORCH_CHECK(D % kLanes == 0 && sizes.block % kLanes == 0 && cache.size(3) == 2 * D && cache.size(1) == sizes.kv_heads, "the cache does not fit");
@@ -213,7 +229,7 @@ TORCH_LIBRARY_FRAGMENT(vllm_mtp, m) {
   m.def(
       "comb_attention_cpu_(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor cache, Tensor block_table, Tensor prefix_len, "
       "Tensor group_start, Tensor group_of_row, Tensor row_start, int first_mask, float scale, int window, float softcap, "
-      "Tensor? real_start=None, Tensor? tokens=None) -> ()");
+      "Tensor? real_start=None, Tensor? tokens=None, int? mask_window=None, int kept=0) -> ()");
 }
 TORCH_LIBRARY_IMPL(vllm_mtp, CPU, m) { m.impl("comb_attention_cpu_", comb_attention_cpu_); }
 

@@ -69,6 +69,31 @@ def test_mask_states_equal_the_reference(
     assert worst < 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mask_rows_with_a_window(engines: Engines, prompts: list[str], monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """They see the end of their prefix and its first tokens; real rows, which in bfloat16 our kernel serves too, see all."""
+    window = 40
+    reference = ReferenceModel.from_folder(demo.BASE, demo.ADAPTER, mask_window=window)
+    unbounded = ReferenceModel.from_folder(demo.BASE, demo.ADAPTER)
+    engine = engines(speculative(demo.ADAPTER, 4, mask_window=window), block_size=32, dtype=dtype)
+    seen = record_groups(engine, monkeypatch)
+    text = engine.encode("\n".join(prompts[:6]))
+    lengths = (20, 38, 64, 70, 150, 256)
+    batch: list[Any] = [{"prompt_token_ids": text[:length]} for length in lengths]
+    found = engine.greedy(batch, 12)
+    sample = seen[:: max(1, len(seen) // 60)]
+    tolerance = {"float32": 1e-4, "bfloat16": 0.05}[dtype]
+
+    def error(of: ReferenceModel, ids: list[int], states: torch.Tensor) -> float:
+        expected = of.mask_states(ids, len(states))
+        return ((expected - states.float()).norm() / expected.norm()).item()
+
+    assert max(error(reference, ids, states) for ids, states in sample) < tolerance
+    assert max(error(unbounded, ids, states) for ids, states in sample) > 2 * tolerance
+    if dtype == "float32":
+        assert found == engines(block_size=32).greedy(batch, 12)
+
+
 def test_prompt_logits_are_bit_identical_with_the_adapter_loaded(
     engines: Engines, prompts: list[str], random_adapter: Path
 ) -> None:

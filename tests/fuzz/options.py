@@ -41,10 +41,12 @@ DEFAULTS = {
     "candidates": 64,
     "draft_sample_method": "greedy",
     "max_mask_rows": None,
+    "mask_window": None,
+    "kernels": "auto",
     "acceptance": "lossless",
     "tau": None,
 }
-OPERATORS = ("lookup", "max_mask_rows", "acceptance", "tau")  # an adapter may not choose them
+OPERATORS = ("lookup", "max_mask_rows", "kernels", "acceptance", "tau")  # an adapter may not choose them
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 3, 4, 5, 8, 31, 32, 33, 2**31, 2**63, 2**64, 10**30, 10**400),
     *(0.0, 1.0, 4.0, 4.5, -0.0, 1e308, math.nan, math.inf, -math.inf),
@@ -81,6 +83,8 @@ VALID: dict[str, Callable[[Any], bool]] = {
     "draft_sample_method": lambda value: isinstance(value, str) and value in ("greedy", "probabilistic"),
     "lookup": lambda value: value is None or type(value) is bool,
     "max_mask_rows": lambda value: value is None or _whole(value, 1),
+    "mask_window": lambda value: value is None or _whole(value, MAX_MASK_TOKENS),
+    "kernels": lambda value: isinstance(value, str) and value in ("auto", "torch"),
     "acceptance": lambda value: isinstance(value, str) and value in ("lossless", "confidence"),
     "tau": lambda value: value is None or (type(value) in (int, float) and 0 <= value <= sys.float_info.max),
 }

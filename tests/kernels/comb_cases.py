@@ -102,6 +102,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32, tor
     fused = normal(rows + padding, (repeat + 2) * kv_heads, head_size).to(dtype)
     q, k, v = fused.split([repeat * kv_heads, kv_heads, kv_heads], 1)
     options: dict[str, Any] = {"scale": head_size**-0.5, "window": draw(st.sampled_from([0, 0, 1, 7, 64]))}
+    options["kept"] = draw(st.sampled_from([0, 0, 1, 4]))
     options["softcap"] = draw(st.sampled_from([0.0, 0.0, 2.0]))
     if draw(st.booleans()):
         options["sinks"] = normal(repeat * kv_heads).to(dtype) * 3

@@ -101,7 +101,7 @@ def operation(call: dict[str, Any], out: torch.Tensor) -> tuple[Any, ...]:
     layout = call["layout"]
     tensors = [call[name] for name in ("q", "k", "v", "key_cache", "value_cache", "block_table")]
     rows = (layout.prefix_len, layout.group_start, layout.group_of_row, layout.row_start, layout.max_rows)
-    return (out, *tensors, *rows, call["scale"], 0, 0.0, None, None, None)
+    return (out, *tensors, *rows, call["scale"], 0, 0.0, None, None, None, 0)
 
 
 def test_operation_keeps_torchs_contract() -> None:
@@ -150,6 +150,7 @@ def test_a_captured_graph_reads_prefix_lengths_anew() -> None:
         ({"key_cache": torch.randn(2, 16, 1, 64).half()}, "does not serve"),
         ({"block_table": torch.zeros(2, 2, dtype=torch.int32)}, "1 requests in the layout"),
         ({"sinks": torch.zeros(3)}, "sinks"),
+        ({"kept": 32}, "cannot be kept in view"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

@@ -178,17 +178,24 @@ def test_comb_attention(data: st.DataObject) -> None:
     cache = cache.view(len(keys), kv_heads, block, 2 * size)
 
     options = size**-0.5, draw(st.sampled_from([0, 0, 1, 9, 64])), draw(st.sampled_from([0.0, 0.0, 2.0]))
+    of_masks = draw(st.sampled_from([None, None, 0, 1, 9, 64])), draw(st.sampled_from([0, 1, 4]))
+    window, kept = of_masks if of_masks[0] is not None else (options[1], 0)
 
-    def wanted(layout: CombLayout, *qkv: torch.Tensor) -> torch.Tensor:
+    def attended(starts: tuple[torch.Tensor, ...], real: int, *counts: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(fused[:, : shared * kv_heads])
+        counts = counts or (None, None)
+        torch.ops.vllm_mtp.comb_attention_cpu_(out, q, k, v, cache, table, *starts, real, *options, *counts, *of_masks)
+        return out
+
+    def wanted(layout: CombLayout, qkv: tuple[torch.Tensor, ...], window: int, kept: int) -> torch.Tensor:
         doubles = (tensor.double() for tensor in (*qkv, keys, values))
-        return comb_attention_reference(CombInputs(*doubles, table, layout, *options))
+        return comb_attention_reference(CombInputs(*doubles, table, layout, options[0], window, options[2], kept=kept))
 
-    out = torch.zeros_like(fused[:, : shared * kv_heads])
     starts = (layout.prefix_len.long(), layout.group_start.long(), layout.group_of_row.long(), layout.row_start.long())
-    torch.ops.vllm_mtp.comb_attention_cpu_(out, q, k, v, cache, table, *starts, real, *options)
-    assert not out[:real].any()
-    of_masks = wanted(layout, q[real:], k[real:], v[real:])
-    assert ((out[real:].double() - of_masks).abs() <= TOLERANCE[dtype]).all()
+    masks_alone = attended(starts, real)
+    assert not masks_alone[:real].any()
+    expected = wanted(layout, (q[real:], k[real:], v[real:]), window, kept)
+    assert ((masks_alone[real:].double() - expected).abs() <= TOLERANCE[dtype]).all()
 
     # A real row is a group of one row, whose key and value happen to be in the cache.
     last = [(request, length - ahead) for request, length in enumerate(lengths) for ahead in range(rows[request], 0, -1)]
@@ -197,14 +204,13 @@ def test_comb_attention(data: st.DataObject) -> None:
         requests, positions = (list(column) for column in zip(*last, strict=True))
         blocks, slots = table[requests, [at // block for at in positions]].long(), torch.tensor(positions) % block
         alone = CombLayout.of(requests, [1] * real, positions, len(lengths), torch.device("cpu"))
-        of_real = wanted(alone, q[:real], keys[blocks, slots], values[blocks, slots])
+        of_real = wanted(alone, (q[:real], keys[blocks, slots], values[blocks, slots]), options[1], 0)
     counts = torch.tensor([0, *accumulate(rows)]).int(), torch.tensor(lengths).int()
-    torch.ops.vllm_mtp.comb_attention_cpu_(out, q, k, v, cache, table, *starts, real, *options, *counts)
-    assert ((out[:real].double() - of_real).abs() <= TOLERANCE[dtype]).all()
-    assert ((out[real:].double() - of_masks).abs() <= TOLERANCE[dtype]).all()
-    together = out[:real].clone()
-    torch.ops.vllm_mtp.comb_attention_cpu_(out, q, k, v, cache, table, *(torch.zeros(0).long(),) * 4, len(q), *options, *counts)
-    assert torch.equal(out[:real], together), "a row's sum depends on the rows beside it"
+    together = attended(starts, real, *counts)
+    assert ((together[:real].double() - of_real).abs() <= TOLERANCE[dtype]).all()
+    assert ((together[real:].double() - expected).abs() <= TOLERANCE[dtype]).all()
+    without_masks = attended((torch.zeros(0).long(),) * 4, len(q), *counts)
+    assert torch.equal(without_masks[:real], together[:real]), "a row's sum depends on the rows beside it"
 
 
 def test_a_compiler_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

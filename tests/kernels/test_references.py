@@ -17,15 +17,20 @@ from .comb_cases import Case, cases
 from .conftest import DEVICE, RUNS_TRITON
 
 
-def dense_row(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink: torch.Tensor | None, case: Case) -> torch.Tensor:
-    """One query head over the keys before it and its own, the last; written as sums, not as softmax."""
+def dense_row(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prefix: int, sink: torch.Tensor | None, case: Case
+) -> torch.Tensor:
+    """One query head over the keys before it, `prefix` of them cached, and its own, the last; written as sums, not as softmax."""
     window, cap = case.options["window"] or len(keys), case.options["softcap"]
-    scores = [float(q @ key) * case.options["scale"] for key in keys[-window:]]
+    first = max(0, len(keys) - window)
+    seen = [*range(min(case.options["kept"], prefix, first)), *range(first, len(keys))]
+    keys, values = keys[seen], values[seen]
+    scores = [float(q @ key) * case.options["scale"] for key in keys]
     if cap:
         scores = [cap * float(torch.tanh(torch.tensor(score / cap, dtype=torch.float64))) for score in scores]
     weights = torch.tensor(scores, dtype=torch.float64).exp()
     total = weights.sum() + (0 if sink is None else sink.double().exp())
-    return (weights[:, None].to(values) * values[-window:]).sum(0) / total.to(values)
+    return (weights[:, None].to(values) * values).sum(0) / total.to(values)
 
 
 @settings(deadline=None, max_examples=25)
@@ -44,7 +49,7 @@ def test_comb_attention_is_causal_attention_on_prefix_and_group(case: Case) -> N
             for head in range(case.q.shape[1]):
                 end, kv = prefix + i + 1, head // repeat
                 sink = None if sinks is None else sinks[head]
-                expected = dense_row(case.q[row + i, head].double(), keys[:end, kv], values[:end, kv], sink, case)
+                expected = dense_row(case.q[row + i, head].double(), keys[:end, kv], values[:end, kv], prefix, sink, case)
                 torch.testing.assert_close(found[row + i, head], expected, rtol=1e-6, atol=1e-9)
         row += length
     assert not found[row:].any()

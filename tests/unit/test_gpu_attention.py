@@ -9,6 +9,7 @@ from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout, comb_attenti
 
 from vllm_mtp.gpu_attention import GpuCombAttention
 from vllm_mtp.layout import plan_groups, shapes_of
+from vllm_mtp.mask_attention import KEPT, view
 from vllm_mtp.plan import EngineStep
 
 HEADS, KV_HEADS, SIZE, BLOCK, K = 4, 2, 16, 8, 2
@@ -58,6 +59,14 @@ def expected(given: dict[str, Any], query: torch.Tensor, **scales: torch.Tensor)
     return comb_attention_reference(
         CombInputs(query[6:], *own, keys, values, given["step"].block_table, layout, SIZE**-0.5, **scales)
     )
+
+
+def test_a_window_of_mask_rows_is_no_wider_than_the_layers() -> None:
+    assert view(0, None) == (0, 0)
+    assert view(64, None) == (64, 0)
+    assert view(0, 64) == (64, KEPT)
+    assert view(128, 64) == (64, KEPT)
+    assert view(32, 64) == (32, 0)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

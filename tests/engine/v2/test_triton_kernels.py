@@ -93,21 +93,27 @@ def test_greedy(plain: list[list[int]], short: list[str], like_a_gpu: LikeAGpu) 
     assert per_forward > 1.3
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize(("name", "mask_window"), [("llama", None), ("gemma2", None), ("qwen2", 32)])
 def test_states_and_tokens(
-    name: str, tiny: Tiny, short: list[str], engines: Engines, like_a_gpu: LikeAGpu, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    mask_window: int | None,
+    tiny: Tiny,
+    short: list[str],
+    engines: Engines,
+    like_a_gpu: LikeAGpu,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Grouped heads; windows, a soft cap and a bias. On the V1 runner, whose batch is on the host to be looked at."""
     base, adapter = tiny(name)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     engines.close()
     expected = engines(model=str(base), **SMALL | {"block_size": 32}).greedy(short, 8, ignore_eos=True)
-    engine = like_a_gpu(speculative(adapter, 3), model=str(base))
+    engine = like_a_gpu(speculative(adapter, 3, mask_window=mask_window), model=str(base))
     assert isinstance(engine.proposer.attention, GpuCombAttention)
     assert fused(engine) == {True}
     seen = record_groups(engine, monkeypatch)
     assert engine.greedy(short, 8, ignore_eos=True) == expected
-    reference = ReferenceModel.from_folder(base, adapter)
+    reference = ReferenceModel.from_folder(base, adapter, mask_window=mask_window)
     assert max(len(ids) for ids, _ in seen) > 32  # past every window, and in the third block
     assert max((reference.mask_states(ids, len(states)) - states).abs().max().item() for ids, states in seen) < 1e-4
 
