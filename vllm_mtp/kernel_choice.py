@@ -133,9 +133,6 @@ class KernelChoice:
             block_size: of the cache.
             replayed: whether steps may be replayed as graphs, which read the plan where their capture stood; the kernel for CPUs
                 does not keep it there.
-
-        Raises:
-            ValueError: mask rows are to have a window, and no kernel of ours serves them.
         """
         attention: MaskAttention = ForkedSequences(build_metadata)
         why_not = None
@@ -147,7 +144,10 @@ class KernelChoice:
             attention = CpuCombAttention(in_our_graph, self.mask_window)
         if self.mask_window is not None and isinstance(attention, ForkedSequences):
             reason = why_not or "there is none for this server"
-            raise ValueError(f"mask_window needs a kernel of ours for the attention of mask rows, and {reason}: leave it out")
+            logger.warning(
+                "mask_window is left out, and mask rows see all of their request: it needs a kernel of ours for attention, and %s",
+                reason,
+            )
         for layer in self.layers:
             attention.wrap(layer)
         logger.info(

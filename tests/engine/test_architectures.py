@@ -67,7 +67,7 @@ def test_trained_exported_and_served_as_plain(
     options = {"model": str(base), "block_size": 32}
     batch = prompts[:20]
     expected = engines(**options).greedy(batch, NEW_TOKENS, ignore_eos=True)
-    engine = engines(speculative(adapter, K, kernels="torch" if forked else "auto"), **options)
+    engine = engines(speculative(adapter, K, kernels="torch" if forked else "auto", mask_window=None), **options)
     assert isinstance(engine.proposer.attention, ForkedSequences) is forked
     seen = record_groups(engine, monkeypatch)
     found = engine.greedy(batch, NEW_TOKENS, ignore_eos=True)

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from vllm_mtp.adapter import Adapter, LoRAWeights, base_facts, check_base, read_adapter, write_adapter
-from vllm_mtp.config import AdapterConfig, SamplerConfig
+from vllm_mtp.config import MAX_MASK_TOKENS, AdapterConfig, SamplerConfig, ServingDefaults
 from vllm_mtp.foreign import TRAINING_FILE, check_checkpoint
 from vllm_mtp.train.config import TrainConfig
 from vllm_mtp.train.model import MaskedModel
@@ -43,6 +43,8 @@ def export(model: MaskedModel, folder: Path, figures: dict[str, object]) -> Path
         num_mask_tokens=config.mask_tokens,
         base=base_facts(config.base, config.base_name),
         sampler=SamplerConfig(residual=config.sampler_residual) if config.sampler else None,
+        # Mask rows have learned to look back so far. A server's longest request may be many times that.
+        serving=ServingDefaults(mask_window=max(MAX_MASK_TOKENS, config.length)),
         training=_provenance(config, figures),
     )
     sampler = copy.deepcopy(model.sampler).to(dtype) if model.sampler is not None else None
