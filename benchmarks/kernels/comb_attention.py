@@ -1,7 +1,8 @@
 """Comb attention at an 8 B model's heads: the kernel, plain decode rows, forked sequences and FlexAttention with the same mask.
 
 `decode` is the kernel on one group of k + 1 rows, what verification alone reads. `forks` is torch's attention on 1 + k dense copies
-of each sequence: it reads the prefix 1 + k times. `flex` has one dense sequence a request and the comb's mask.
+of each sequence: it reads the prefix 1 + k times. `flex` has one dense sequence a request and the comb's mask. `window` is the
+kernel where mask rows see the last 4096 tokens and the first four (`mask_window`).
 """
 
 from collections.abc import Callable
@@ -27,23 +28,25 @@ class Heads:
     block: int
 
 
+WINDOW, KEPT = 4096, 4
 HEADS_8B, SMOKE = Heads(32, 8, 128, 16), Heads(4, 2, 16, 16)
 
 
 def paged_call(
-    h: Heads, lengths: list[int], batch: int, context: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    h: Heads, lengths: list[int], batch: int, context: int, device: torch.device, window: int = 0
 ) -> partial[torch.Tensor]:
     """The kernel on requests of `context` tokens with groups of these lengths, one token further each, in a shuffled cache."""
     per_request = -(-context // h.block)
-    cache = torch.randn(2, batch * per_request, h.block, h.kv_heads, h.head_size, device=device).to(dtype)
+    cache = torch.randn(2, batch * per_request, h.block, h.kv_heads, h.head_size, device=device).bfloat16()
     table = torch.randperm(batch * per_request, device=device).view(batch, per_request).int()
     groups = [(request, length, context - len(lengths) + 1 + j) for request in range(batch) for j, length in enumerate(lengths)]
     request, length, prefix = (list(column) for column in zip(*groups, strict=True))
     layout = CombLayout.of(request, length, prefix, batch, device)
     rows = batch * sum(lengths)
-    q = torch.randn(rows, h.heads, h.head_size, device=device).to(dtype)
-    k, v = (torch.randn(rows, h.kv_heads, h.head_size, device=device).to(dtype) for _ in range(2))
-    return partial(comb_attention_, torch.empty_like(q), q, k, v, cache[0], cache[1], table, layout, h.head_size**-0.5)
+    q = torch.randn(rows, h.heads, h.head_size, device=device).bfloat16()
+    k, v = (torch.randn(rows, h.kv_heads, h.head_size, device=device).bfloat16() for _ in range(2))
+    given = q, k, v, cache[0], cache[1], table, layout, h.head_size**-0.5, window
+    return partial(comb_attention_, torch.empty_like(q), *given, kept=KEPT if window else 0)
 
 
 def forks_call(h: Heads, k: int, batch: int, context: int, device: torch.device) -> Call:
@@ -84,7 +87,8 @@ def make(h: Heads, k: int, batch: int, context: int, variant: str, device: torch
             return forks_call(h, k, batch, context, device)
         if variant == "flex":
             return flex_call(h, k, batch, context, device)
-        return paged_call(h, [k] * (k + 1) if variant == "comb" else [k + 1], batch, context, device)
+        lengths = [k + 1] if variant == "decode" else [k] * (k + 1)
+        return paged_call(h, lengths, batch, context, device, WINDOW if variant == "window" else 0)
 
     if variant == "flex":
         torch._dynamo.reset()  # shapes of earlier cells count towards its limit of recompilations
@@ -98,11 +102,14 @@ def cells(device: torch.device, smoke: bool) -> Cells:
     for k in (2,) if smoke else (4, 8):
         for context in (40,) if smoke else (1024, 8192, 32768):
             for batch in (2,) if smoke else (1, 8, 32):
-                for variant in ("comb", "decode") if smoke else ("comb", "decode", "forks", "flex"):
+                for variant in ("comb", "decode") if smoke else ("comb", "decode", "window", "forks", "flex"):
+                    if variant == "window" and context <= WINDOW:
+                        continue
+                    read = WINDOW if variant == "window" else context
                     rows = k + 1 if variant == "decode" else k * (k + 1)
-                    cached = 4 * batch * context * h.kv_heads * h.head_size
+                    cached = 4 * batch * read * h.kv_heads * h.head_size
                     own = 4 * batch * rows * (h.heads + h.kv_heads) * h.head_size
-                    flops = 4 * batch * rows * context * h.heads * h.head_size
+                    flops = 4 * batch * rows * read * h.heads * h.head_size
                     yield Cell(
                         "comb_attention",
                         variant,

@@ -1,10 +1,11 @@
-"""A step of an 8 B-shaped model: all layers and the head in one CUDA graph, plain decoding against combs.
+"""A step of an 8 B-shaped model: all layers in one CUDA graph, with and without the head, plain decoding against combs.
 
 A request is one row (`plain`) or (k + 1)^2 rows with LoRA (`comb`): k + 1 verified rows, then its mask rows. Rotary embedding,
 cache writes and sampling are left out on both sides; norms and activations are torch's own launches on both sides, which a server
 fuses, so they flatter the ratio by some per cent. The ratio of the two times divides tokens per step into a speed-up.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -69,9 +70,9 @@ def step(
     masks: CombLayout | None,
     kv: torch.Tensor,
     table: torch.Tensor,
-    head_rows: torch.Tensor,
-) -> torch.Tensor:
-    """Logits of `head_rows`; kv [layers, 2, blocks, block, kv_heads, head_size]."""
+    heads: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Logits of each of `heads`, rows of x; kv [layers, 2, blocks, block, kv_heads, head_size]."""
     layers, head = weights(model, x.device)
     n = real.group_of_row.shape[0]
     sizes = model.linears[0].parts
@@ -90,10 +91,11 @@ def step(
         x = x + linear(attended.flatten(1), o, o_lora)
         gate, up = linear(F.rms_norm(x, (model.hidden,)), gate_up, gate_up_lora).chunk(2, 1)
         x = x + linear(F.silu(gate) * up, down, down_lora)
-    return F.rms_norm(x, (model.hidden,))[head_rows] @ head.T
+    x = F.rms_norm(x, (model.hidden,))
+    return [x[rows] @ head.T for rows in heads] or [x]
 
 
-def make(model: Model, k: int, batch: int, context: int, device: torch.device) -> list[Call]:
+def make(model: Model, k: int, batch: int, context: int, with_head: bool, device: torch.device) -> list[Call]:
     """One call; its weights alone are far beyond L2."""
     per_request = -(-(context + 1) // BLOCK)
     shape = (model.layers, 2, batch * per_request, BLOCK, model.kv_heads, model.head_size)
@@ -107,30 +109,29 @@ def make(model: Model, k: int, batch: int, context: int, device: torch.device) -
         request, length, prefix = (list(column) for column in zip(*groups, strict=True))
         masks = CombLayout.of(request, length, prefix, batch, device)
     x = torch.randn(batch * (k + 1) ** 2, model.hidden, device=device, dtype=torch.bfloat16)
-    # Logits are needed of the real rows and of the group behind the row accepted last.
-    head_rows = torch.arange(batch * (k + 1 + k), device=device)
+    # Logits of the real rows, and of the group behind the row accepted last, which is known only once those are there.
+    heads = [torch.arange(batch * rows, device=device) for rows in (k + 1, k) if rows] if with_head else []
     num_real = torch.tensor([batch * (k + 1)], device=device)
-    return [partial(step, model, x, num_real, real, masks, kv, table, head_rows)]
+    return [partial(step, model, x, num_real, real, masks, kv, table, heads)]
 
 
 def cells(device: torch.device, smoke: bool) -> Cells:
-    """Plain steps and combs of k = 4 and 8."""
+    """Plain steps and combs of k = 4 and 8, of the layers alone and with the head."""
     model = SMOKE if smoke else LLAMA_8B
-    for context in (24,) if smoke else (1024, 8192):
-        for batch in (1,) if smoke else (1, 2, 4, 8, 16, 32, 64):
-            for k in (0, 2) if smoke else (0, 4, 8):
-                rows, head_rows = batch * (k + 1) ** 2, batch * (2 * k + 1)
-                size = sum(layer.inputs * sum(layer.parts) for layer in model.linears) * model.layers
-                head = model.vocabulary * model.hidden
-                lora = sum(model.rank * (len(layer.parts) * layer.inputs + sum(layer.parts)) for layer in model.linears)
-                lora *= model.layers if k else 0
-                kv = 4 * model.layers * batch * context * model.kv_heads * model.head_size
-                attention = 4 * model.layers * rows * context * model.heads * model.head_size
-                yield Cell(
-                    "step",
-                    "comb" if k else "plain",
-                    {"context": context, "batch": batch, "k": k, "rows": rows},
-                    2 * (size + head + lora) + kv,
-                    2 * (rows * size + head_rows * head + batch * k * (k + 1) * lora) + attention,
-                    partial(make, model, k, batch, context, device),
-                )
+    size = sum(layer.inputs * sum(layer.parts) for layer in model.linears) * model.layers
+    low_rank = sum(model.rank * (len(layer.parts) * layer.inputs + sum(layer.parts)) for layer in model.linears) * model.layers
+    head = model.vocabulary * model.hidden
+    contexts, batches, combs = ((24,), (1,), (0, 2)) if smoke else ((1024, 8192), (1, 2, 4, 8, 16, 32, 64), (0, 4, 8))
+    for context, batch, k, with_head in itertools.product(contexts, batches, combs, (False, True)):
+        rows, logits, heads = batch * (k + 1) ** 2, batch * (2 * k + 1), (2 if k else 1) if with_head else 0
+        lora = low_rank if k else 0
+        kv = 4 * model.layers * batch * context * model.kv_heads * model.head_size
+        attention = 4 * model.layers * rows * context * model.heads * model.head_size
+        yield Cell(
+            "step",
+            "comb" if k else "plain",
+            {"context": context, "batch": batch, "k": k, "rows": rows, "head": with_head},
+            2 * (size + heads * head + lora) + kv,
+            2 * (rows * size + (logits * head if with_head else 0) + batch * k * (k + 1) * lora) + attention,
+            partial(make, model, k, batch, context, with_head, device),
+        )
