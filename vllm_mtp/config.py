@@ -95,6 +95,7 @@ class ServingDefaults(StrictModel, strict=True):
     candidates: Annotated[int, Field(ge=1)] | None = None
     draft_sample_method: DraftSampleMethod | None = None
     mask_window: MaskWindow | None = None
+    """`vllm-mtp train` puts the length of its sequences here."""
 
 
 class ServingOptions(StrictModel, strict=True):

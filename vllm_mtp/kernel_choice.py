@@ -97,14 +97,12 @@ class KernelChoice:
 
         device, max_rows = self.rows.gate.device, self.rows.gate.shape[0]
         linears: list[Any] = [module for module in self.model.modules() if isinstance(module, LinearBase)]
-        shapes = {
-            (sum(each.output_partition_sizes), getattr(each, "input_size_per_partition", each.input_size)) for each in linears
-        }
+        products = [self._product(each) for each in linears]
         served = [layer for layer in self.layers if gpu_attention.why_not(layer, self.dtype) is None]
         kinds = {kernel_trial.Heads.of(layer, self.mask_window) for layer in served}
         rank = min(MAX_RANK, max((each.a.shape[0] for each in lora.values()), default=1))
         try:
-            kernel_trial.try_linears(shapes if lora else (), rank, max_rows, self.dtype, device)
+            kernel_trial.try_linears(products if lora else (), rank, max_rows, self.dtype, device)
             kernel_trial.try_attention(kinds, longest_group, max_model_len, block_size, self.dtype, device)
         except Exception as error:
             if "CUDA error" in str(error):
@@ -116,6 +114,11 @@ class KernelChoice:
                 str(error).partition("\n")[0] or type(error).__name__,
             )
             self.triton = False
+
+    def _product(self, layer: Any) -> kernel_trial.Product:
+        out = sum(layer.output_partition_sizes)
+        weight = layer.weight if gpu_linear.weight_is_read(layer, out, self.dtype) else None
+        return kernel_trial.Product(out, getattr(layer, "input_size_per_partition", layer.input_size), weight)
 
     def attention(
         self,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_mtp.kernels.comb_attention import CombInputs, CombLayout, comb_attention_, comb_attention_reference
-from vllm_mtp.kernels.gated_lora import FUSED_MAX_ROWS, LowRankSlices, gated_lora, gated_lora_, gated_lora_reference
+from vllm_mtp.kernels.gated_lora import FUSED_MAX_ROWS, LowRankSlices, gated_lora, gated_lora_
 from vllm_mtp.mask_attention import view
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -25,11 +25,20 @@ class Disagreement(RuntimeError):
     """A kernel does not give what its reference gives."""
 
 
-def try_linears(shapes: Iterable[tuple[int, int]], rank: int, max_rows: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Tries `gated_lora` and `gated_lora_`.
+@dataclass(frozen=True)
+class Product:
+    """A linear layer: its outputs and inputs on this rank, and its weight [out, in] where the kernel reads that."""
+
+    out: int
+    inputs: int
+    weight: torch.Tensor | None
+
+
+def try_linears(products: Iterable[Product], rank: int, max_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Tries `gated_lora`, and `gated_lora_` beside it. Of layers of one shape the first is taken.
 
     Args:
-        shapes: outputs and inputs of the layers.
+        products: the layers.
         rank: of the LoRA.
         max_rows: most rows of a step.
         dtype, device: of the layers.
@@ -41,17 +50,26 @@ def try_linears(shapes: Iterable[tuple[int, int]], rank: int, max_rows: int, dty
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device) / shape[-1] ** 0.5
+        return torch.randn(*shape, generator=generator, device=device)
 
-    for out, inputs in sorted(set(shapes)):
-        weight, a, b = normal(out, inputs).to(dtype), normal(rank, inputs).to(dtype), normal(out, rank).to(dtype)
-        lora, exact = LowRankSlices.pack([(0, a, b)], out), LowRankSlices.pack([(0, a.float(), b.float())], out)
+    first = {(each.out, each.inputs, each.weight is None): each for each in reversed(list(products))}
+    for product in first.values():
+        out, inputs, weight = product.out, product.inputs, product.weight
+        lora = LowRankSlices.pack([(0, (normal(rank, inputs) / inputs**0.5).to(dtype), normal(out, rank).to(dtype))], out)
         for rows in sorted({min(rows, max_rows) for rows in ROWS}):
-            x, num_real = (normal(rows, inputs) * inputs**0.5).to(dtype), torch.tensor([rows // 3], device=device)
-            expected = gated_lora_reference(x.float(), weight.float(), exact, num_real)
+            x, num_real, n = normal(rows, inputs).to(dtype), torch.tensor([rows // 3], device=device), rows // 3
             name = f"gated_lora of {rows} rows, {inputs} to {out} features"
-            _compare(name, gated_lora(x, weight, lora, num_real), expected)
-            _compare(f"{name}, added", gated_lora_(F.linear(x, weight), x, lora, num_real), expected)
+            y = normal(rows, out).to(dtype) if weight is None else F.linear(x, weight)
+            expected = y.float() if weight is None else _exactly(x, weight)
+            expected[n:] += F.linear(F.linear(x[n:].float(), lora.a[0].float()), lora.b.float())
+            if weight is not None:
+                _compare(name, gated_lora(x, weight, lora, num_real), expected)
+            _compare(f"{name}, added", gated_lora_(y, x, lora, num_real), expected)
+
+
+def _exactly(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T in float32, part by part: there may be no room for all of W in float32."""
+    return torch.cat([F.linear(x.float(), part.float()) for part in weight.detach().split(4096)], 1)
 
 
 @dataclass(frozen=True, order=True)
