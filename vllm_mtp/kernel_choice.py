@@ -95,6 +95,7 @@ class KernelChoice:
             return
         from vllm.model_executor.layers.linear import LinearBase
 
+        logger.info("Trying the Triton kernels on this model's shapes; a first start compiles them, for half a minute or so")
         device, max_rows = self.rows.gate.device, self.rows.gate.shape[0]
         linears: list[Any] = [module for module in self.model.modules() if isinstance(module, LinearBase)]
         products = [self._product(each) for each in linears]

@@ -43,7 +43,8 @@ def like_a_gpu(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> Iterator[Li
         monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda *_, **__: path))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         if not packed:
-            monkeypatch.setattr(LinearBase, "_cpu_skip_gemm_dispatch", True, raising=False)
+            for name in ("_cpu_skip_gemm_dispatch", "skip_weight_relayout"):  # since 0.31, and in 0.30
+                monkeypatch.setattr(LinearBase, name, True, raising=False)
         engines.close()
         return engines(*arguments, **{**SMALL, **options})
 
