@@ -14,7 +14,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from vllm_mtp import demo, target
+from vllm_mtp import cpu_attention, demo
 from vllm_mtp.load import LoadControl
 from vllm_mtp.shaping import SHAPED
 
@@ -145,7 +145,7 @@ def texts(engines: Engines, prompts: list[str]) -> list[list[int]]:
 def in_scratch_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> bool:
     """Whether mask rows are forks with scratch blocks in the cache, as where no kernel of ours reads it in place."""
     if request.param:
-        monkeypatch.setattr(target, "supports", lambda *_: False)
+        monkeypatch.setattr(cpu_attention, "supports", lambda *_: False)
     return request.param
 
 
