@@ -8,7 +8,6 @@ Launches are compiled on all cores first. Each one's result is compared with the
 something else, or does not fit the GPU, is no candidate.
 """
 
-import argparse
 import itertools
 import os
 import time
@@ -17,8 +16,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
+
+from .command import Command
 
 SHARED_BYTES, MOST_REGISTERS = 227 * 1024, 160
 TOLERANCE = 2e-2
@@ -161,7 +161,7 @@ def _compile_part(device: str, smoke: bool, part: list[tuple[str, Any]]) -> None
     import torch
 
     wanted = dict.fromkeys(key for key, _ in part)
-    for problem in _problems(torch.device(device), smoke, []):
+    for problem in (problem for problems in PROBLEMS for problem in problems(torch.device(device), smoke)):
         if problem.key in wanted:
             launch, _ = problem.make()[0]
             for config in [config for key, config in part if key == problem.key]:
@@ -169,11 +169,6 @@ def _compile_part(device: str, smoke: bool, part: list[tuple[str, Any]]) -> None
                     launch(config)
                 except Exception as error:  # no candidate; the parent finds out again and says so
                     print(f"{problem.key} {config}: {type(error).__name__}", flush=True)
-
-
-def _problems(device: Any, smoke: bool, only: list[str]) -> list[Problem]:
-    made = [problem for problems in PROBLEMS for problem in problems(device, smoke)]
-    return [problem for problem in made if not only or any(part in problem.key for part in only)]
 
 
 def tune(problem: Problem) -> dict[str, Any]:
@@ -209,35 +204,18 @@ def tune(problem: Problem) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON; an unfinished one is continued")
-    parser.add_argument("--only", nargs="+", default=[], help="shapes whose name contains one of these")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no shape after so long")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes; under Triton's interpreter where there is no GPU")
-    options = parser.parse_args()
-    began = time.monotonic()
-
-    import torch
-
-    if not torch.cuda.is_available():
-        if not options.smoke:
-            raise SystemExit("No CUDA GPU: block sizes are found on a GPU only; --smoke runs tiny shapes without one.")
-        os.environ["TRITON_INTERPRET"] = "1"
-    from . import report
-    from .timing import facts
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = report.load(options.output, {**facts(device), "smoke": options.smoke})
-    problems = [each for each in _problems(device, options.smoke, options.only) if each.key not in run["cells"]]
-    if problems and device.type == "cuda":
-        compile_all(problems, device, options.smoke)
-        print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
-    for problem in problems:
-        if time.monotonic() - began > 60 * options.minutes:
-            print(f"time is up; the same command goes on with {problem.key}", flush=True)
+    command = Command.begin(__doc__, "block sizes are found on a GPU only")
+    began, device = time.monotonic(), command.device
+    made = [problem for problems in PROBLEMS for problem in problems(device, command.smoke)]
+    left = [problem for problem in made if command.wants(problem.key) and problem.key not in command.run["cells"]]
+    if left:
+        compile_all(left, device, command.smoke)
+        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+    for problem in left:
+        if not command.in_time(problem.key):
             break
-        run["cells"][problem.key] = result = tune(problem)
-        report.save(options.output, run)
+        result = tune(problem)
+        command.keep(problem.key, result)
         best = result["tried"][0]
         chosen = next(entry for entry in result["tried"] if entry["chosen"])
         took, least = (entry.get("median_us", float("nan")) for entry in (chosen, best))
