@@ -51,6 +51,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path, monkeypat
 def test_a_run_leaves_its_history_its_curves_and_logs_for_tensorboard(tmp_path: Path) -> None:
     config = run_config(tmp_path, eval_steps=2, report_to="tensorboard")
     adapter = read_adapter(train(config))
+    assert adapter.config.serving is not None
+    assert adapter.config.serving.mask_window == max(32, config.length)
     history = json.loads((config.output / "history.json").read_text())
     steps, losses = series(history, "loss")
     assert steps == [1, 2, 3, 4]
