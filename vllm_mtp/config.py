@@ -134,7 +134,8 @@ class ServingOptions(StrictModel, strict=True):
     mask_window: MaskWindow | None = None
     """Mask tokens look no further back than so many tokens, themselves included, and at the request's first four; the base's own
     rows see all. They then cost no more at a long context than at a short one, and stay within the lengths that the adapter learned
-    from. It changes drafts, not what is accepted. Needs a kernel of this package (`kernels`). None: they see all."""
+    from. It changes drafts, not what is accepted. Where no kernel of this package runs (`kernels`) it is left out, with a warning.
+    None: they see all."""
 
     kernels: Kernels = "auto"
     """auto: this package's kernels where there are some for the device, Triton's on CUDA GPUs and C++ on CPUs; which of them run

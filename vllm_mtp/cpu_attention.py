@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm_mtp.config import MAX_MASK_TOKENS
 from vllm_mtp.kernels import cpu
 from vllm_mtp.layout import Groups
-from vllm_mtp.mask_attention import view
+from vllm_mtp.mask_attention import InPlace, view
 from vllm_mtp.plan import EngineStep
 
 logger = init_logger("vllm.mtp")
@@ -130,7 +130,7 @@ _library.impl("expanded_attention_", _expanded_attention_, "CPU")
 _library._register_fake("expanded_attention_", lambda *_: None)
 
 
-class CpuCombAttention:
+class CpuCombAttention(InPlace):
     """Runs the mask rows of every attention layer in `comb_attention_cpu_`: they read their request's cache in place, and their own
     K/V never enter it, so it needs no scratch blocks and copies nothing.
 
@@ -154,14 +154,6 @@ class CpuCombAttention:
         self.metadata: Any = None
         self.real: _RealRows | None = None
 
-    @staticmethod
-    def blocks_per_group(length: int, block_size: int) -> int:
-        """None."""
-        return 0
-
-    def bind(self, kv_caches: list[torch.Tensor]) -> None:
-        """Each layer's call brings its cache."""
-
     def plan(self, groups: Groups, prefix_len: torch.Tensor, step: EngineStep, block_size: int, scratch: int) -> _Plan:
         starts = prefix_len, groups.start, groups.group_of_row, groups.request_start
         return starts, step.block_table, groups.num_real
@@ -184,9 +176,6 @@ class CpuCombAttention:
             )
             self.metadata, self.real = metadata, (metadata.query_start_loc, metadata.seq_lens) if ours else None
         return self.real
-
-    def prepare(self, planned: Any) -> None:
-        """Nothing to do."""
 
     def begin(self, planned: _Plan, prepared: object) -> None:
         from vllm.forward_context import get_forward_context

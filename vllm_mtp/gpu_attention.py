@@ -11,7 +11,7 @@ import torch
 
 from vllm_mtp.kernels.comb_attention import MAX_HEAD_SIZE, CombLayout, comb_attention_
 from vllm_mtp.layout import Groups
-from vllm_mtp.mask_attention import view
+from vllm_mtp.mask_attention import InPlace, view
 from vllm_mtp.plan import EngineStep
 
 BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
@@ -68,7 +68,7 @@ class CombRows:
         return CombLayout(self.prefix_len, self.group_start, self.group_of_row, self.row_start, self.max_rows)
 
 
-class GpuCombAttention:
+class GpuCombAttention(InPlace):
     """Runs the mask rows of every attention layer in `comb_attention_`: all groups of a request read its cache together, their own
     K/V never enter it, and so there are no scratch blocks and no copies. A `MaskAttention`.
 
@@ -80,14 +80,6 @@ class GpuCombAttention:
         self.mask_window = mask_window
         self.step: CombRows | None = None
 
-    @staticmethod
-    def blocks_per_group(length: int, block_size: int) -> int:
-        """None."""
-        return 0
-
-    def bind(self, kv_caches: list[torch.Tensor]) -> None:
-        """Each layer's call brings its cache."""
-
     def plan(self, groups: Groups, prefix_len: torch.Tensor, step: EngineStep, block_size: int, scratch: int) -> CombRows:
         return CombRows(
             prefix_len=prefix_len,
@@ -98,9 +90,6 @@ class GpuCombAttention:
             max_rows=groups.most_masks,
             num_real=groups.num_real,
         )
-
-    def prepare(self, planned: CombRows) -> None:
-        """Nothing to do."""
 
     def begin(self, planned: CombRows, prepared: object) -> None:
         self.step = planned

@@ -139,26 +139,22 @@ class KernelChoice:
                 does not keep it there.
         """
         attention: MaskAttention = ForkedSequences(build_metadata)
-        why_not = None
+        why_forked = "there is no kernel of ours for this server"
         if self.triton:
-            why_not = next(filter(None, (gpu_attention.why_not(layer, self.dtype) for layer in self.layers)), None)
-            if why_not is None:
+            obstacles = [why for layer in self.layers if (why := gpu_attention.why_not(layer, self.dtype)) is not None]
+            if obstacles:
+                why_forked = obstacles[0]
+            else:
                 attention = GpuCombAttention(self.mask_window)
         elif self.native and not replayed and all(cpu_attention.supports(each, self.dtype, block_size) for each in self.layers):
             attention = CpuCombAttention(in_our_graph, self.mask_window)
-        if self.mask_window is not None and isinstance(attention, ForkedSequences):
-            reason = why_not or "there is none for this server"
-            logger.warning(
-                "mask_window is left out, and mask rows see all of their request: it needs a kernel of ours for attention, and %s",
-                reason,
-            )
         for layer in self.layers:
             attention.wrap(layer)
-        logger.info(
-            "Mask rows: gated LoRA in %s, attention %s",
-            "Triton kernels" if self.triton else "C++ kernels" if self.native else "torch's products",
-            "as forked sequences of the server's backend" + (f" ({why_not})" if why_not else "")
-            if isinstance(attention, ForkedSequences)
-            else f"in a {'Triton' if self.triton else 'C++'} kernel",
-        )
+        language = "Triton" if self.triton else "C++" if self.native else "torch"
+        if not isinstance(attention, ForkedSequences):
+            logger.info("Mask rows: gated LoRA and attention in %s kernels", language)
+            return attention
+        logger.info("Mask rows: gated LoRA in %s, attention as forked sequences of the server's backend: %s", language, why_forked)
+        if self.mask_window is not None:
+            logger.warning("mask_window is left out, and mask rows see all of their request: %s", why_forked)
         return attention

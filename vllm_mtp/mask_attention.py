@@ -83,6 +83,21 @@ class MaskAttention(Protocol):
         ...
 
 
+class InPlace:
+    """What those ways have in common that read the cache of a request where it lies: no scratch blocks, and nothing to copy."""
+
+    @staticmethod
+    def blocks_per_group(length: int, block_size: int) -> int:
+        """None."""
+        return 0
+
+    def bind(self, kv_caches: list[torch.Tensor]) -> None:
+        """Each layer's call brings its cache."""
+
+    def prepare(self, planned: Any) -> None:
+        """Nothing to do."""
+
+
 @dataclass(frozen=True)
 class StepSequences:
     """The sequences of a step, shared by all layers: its R requests, and behind them G forks, one a group.

@@ -43,7 +43,7 @@ class Step:
     environment: dict[str, str]
 
 
-def steps(output: Path, minutes: float, smoke: bool) -> list[Step]:
+def steps(output: Path, smoke: bool) -> list[Step]:
     """All steps, in the order of their worth."""
     python, tiny = sys.executable, ["--smoke"] if smoke else []
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={TESTS}"]
@@ -53,13 +53,13 @@ def steps(output: Path, minutes: float, smoke: bool) -> list[Step]:
     # Hundreds of launches a shape take the sanitizer too long: a few shapes, with whatever else their launches do.
     memcheck = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     few = [*pytest, f"{TESTS}/test_gated_lora.py", f"{TESTS}/test_comb_attention.py", "-k", FEW_SHAPES]
-    modules, share = "benchmarks.kernels", 0.9
+    module, kernels = "benchmarks.kernels", str(output / "kernels.json")
     return [
         Step("tests", [*pytest, *parallel, *suite], 0.4, interpreter),
         Step("memcheck", few if smoke else [*memcheck, *few], 0.3, interpreter),
-        Step("tune", [python, "-m", f"{modules}.tune", "--output", str(output / "tune.json"), *tiny], 0.5, {}),
-        Step("first", [python, "-m", modules, "--output", str(output / "kernels.json"), "--only", *FIRST, *tiny], share, {}),
-        Step("kernels", [python, "-m", modules, "--output", str(output / "kernels.json"), *tiny], share, {}),
+        Step("tune", [python, "-m", f"{module}.tune", "--output", str(output / "tune.json"), *tiny], 0.5, {}),
+        Step("first", [python, "-m", module, "--output", kernels, "--only", *FIRST, *tiny], 0.9, {}),
+        Step("kernels", [python, "-m", module, "--output", kernels, *tiny], 0.9, {}),
     ]
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     if not torch.cuda.is_available() and not options.smoke:
         raise SystemExit("No CUDA GPU: nothing here means anything without one; --smoke tries whether it runs.")
     results = {}
-    for step in steps(options.output.resolve(), options.minutes, options.smoke):
+    for step in steps(options.output.resolve(), options.smoke):
         if options.steps and step.name not in options.steps:
             continue
         left = end - time.monotonic() - 20
